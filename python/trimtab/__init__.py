@@ -1,0 +1,63 @@
+"""Fused kernels for the small levers that steer language models, behind thin PyTorch functions."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trimtab._version import __version__
+
+if TYPE_CHECKING:
+    from trimtab._choose import Choice
+    from trimtab.algorithms.capability_salience import CapabilitySalience, token_nll
+    from trimtab.ops import explain
+    from trimtab.ops.token_loss import (
+        LogpRatio,
+        TokenLogp,
+        TokenLossOptions,
+        cross_entropy,
+        linear_cross_entropy,
+        linear_logp,
+        linear_logp_ratio,
+    )
+
+_HOME = {
+    "Choice": "trimtab._choose",
+    "explain": "trimtab.ops",
+    "LogpRatio": "trimtab.ops.token_loss",
+    "TokenLogp": "trimtab.ops.token_loss",
+    "TokenLossOptions": "trimtab.ops.token_loss",
+    "cross_entropy": "trimtab.ops.token_loss",
+    "linear_cross_entropy": "trimtab.ops.token_loss",
+    "linear_logp": "trimtab.ops.token_loss",
+    "linear_logp_ratio": "trimtab.ops.token_loss",
+    "CapabilitySalience": "trimtab.algorithms.capability_salience",
+    "token_nll": "trimtab.algorithms.capability_salience",
+}
+
+__all__ = [
+    "CapabilitySalience",
+    "Choice",
+    "LogpRatio",
+    "TokenLogp",
+    "TokenLossOptions",
+    "__version__",
+    "cross_entropy",
+    "explain",
+    "linear_cross_entropy",
+    "linear_logp",
+    "linear_logp_ratio",
+    "token_nll",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""The four published algorithms, each short enough to read beside its paper."""

@@ -1,0 +1,1 @@
+"""The main job: the algorithms on real text, with tables and pictures."""

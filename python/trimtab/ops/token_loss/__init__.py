@@ -1,0 +1,384 @@
+"""Token loss: per-token (and K-fold) loss weighting fused with the LM head.
+
+Costs are counted in units of one N x D x V product (2 N D V FLOP), for N tokens, hidden size D, vocabulary V.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab._choose import Choice, choose
+from trimtab.ops.token_loss import _chunks  # noqa: F401  (registers the chunked operators)
+from trimtab.ops.token_loss import _inputs as inputs
+from trimtab.ops.token_loss._functions import (
+    HeadArguments,
+    LinearLogp,
+    LossArguments,
+    RowLoss,
+    TokenLoss,
+    WeightedLoss,
+)
+from trimtab.ops.token_loss._inputs import NOTHING_IGNORED, TokenLossOptions
+from trimtab.ops.token_loss._weights import Coefficients, reduce_tokens, token_coefficients
+from trimtab.reference import token_loss as reference
+
+__all__ = [
+    "CHOICES",
+    "LogpRatio",
+    "TokenLogp",
+    "TokenLossOptions",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_logp",
+    "linear_logp_ratio",
+]
+
+
+class TokenLogp(NamedTuple):
+    """What ``linear_logp`` knows of each token, every field of the target's shape."""
+
+    logp: Tensor
+    """Log-probability of the target, differentiable."""
+    entropy: Tensor
+    """Entropy of the distribution in nats, differentiable."""
+    lse: Tensor
+    """Log-sum-exp of the logits, differentiable."""
+    predicted: Tensor
+    """Index of the largest logit (int64), the lowest among equals."""
+
+
+class LogpRatio(NamedTuple):
+    """What ``linear_logp_ratio`` knows of each token, every field of the target's shape."""
+
+    log_ratio: Tensor
+    """``logp - ref_logp``, differentiable in the policy's side."""
+    logp: Tensor
+    """Log-probability under the policy, differentiable."""
+    ref_logp: Tensor
+    """Log-probability under the reference, detached."""
+
+
+def linear_cross_entropy(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    linear_bias: Tensor | None = None,  # (V,)
+    weight: Tensor | None = None,  # (V,)
+    token_weight: Tensor | None = None,  # (...) or (K, ...)
+    reduction: str = "mean",
+    normalizer: float | Tensor | str | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    impl: str | None = None,
+    options: TokenLossOptions | None = None,
+) -> Tensor:
+    """Cross entropy of a linear head, weighted per token, with one chunk of logits in memory at a time.
+
+    Per token, with ``z = softcap * tanh(logit_scale * (x W^T + b) / softcap)`` (without a softcap
+    ``z = logit_scale * (x W^T + b)``), class weights ``c``, smoothing ``s`` and ``lse = log sum_v exp(z_v)``::
+
+        l_t  = (1 - s) c_y (lse - z_y) + s / V * sum_v c_v (lse - z_v) + lse_square_scale * lse**2
+        loss = sum_t token_weight_t * l_t / normalizer
+
+    With ``token_weight``, ``softcap``, ``lse_square_scale`` and ``logit_scale`` left alone it equals
+    ``torch.nn.functional.linear_cross_entropy`` for index targets, as float32 (float64 for float64 inputs).
+
+    Cost: 3 products for a scalar loss (forward and backward; the weights enter the forward pass, so nothing
+    is made twice), 2 with the head frozen and any upstream gradient, 4 for ``reduction="none"`` or K > 1
+    losses with a trained head, 1 without gradients. Rows whose target is ignored or whose every token weight
+    is 0 cost nothing, unless ``token_weight`` requires grad. Memory beyond inputs and gradients: one chunk
+    of logits, and a (V, D) buffer in ``options.accum_dtype`` when a 16-bit head takes three or more chunks
+    (on CUDA: always).
+
+    Args:
+        input: hidden states, float32, bfloat16, float16 or float64.
+        linear_weight: the head, same dtype as ``input`` unless under autocast. Also torch's K-dimensional
+            ``(V, d1, ..., D)`` with ``target`` ``(N, d1, ...)``; then the logits are made at once.
+        target: int64 class indices.
+        linear_bias: bias of the head.
+        weight: class weights, constants.
+        token_weight: any sign, kept in float32, differentiable: the gradient of loss k for weight (k, t) is
+            ``l_t / normalizer_k``. K vectors give K losses: shape ``(K,)`` for mean and sum, ``(K, ...)`` for none.
+        reduction: "mean", "sum" or "none".
+        normalizer: divisor of the mean in place of torch's (the number of tokens not ignored; with class
+            weights the sum of theirs): a number, a tensor, or "token_weight" for the sum of the token weights.
+        ignore_index: target that gives 0 loss and 0 gradient, whatever its token weight; None is -100.
+        label_smoothing: in [0, 1].
+        softcap: bound of the logits (Gemma), or None.
+        logit_scale: factor of the logits (Cohere, Granite).
+        lse_square_scale: weight of the squared log-sum-exp (z-loss).
+        impl: "reference", "native", "triton", or None for the fastest available.
+        options: chunk size, accumulation dtype and the like; see ``TokenLossOptions``.
+
+    Raises:
+        ValueError: a shape, device or value that does not fit.
+        TypeError: a dtype that does not fit.
+        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless ``TRIMTAB_CHECK=1``.
+        RuntimeError: ``impl`` names an implementation that is not available here.
+    """
+    if linear_weight.dim() > 2:
+        logits = inputs.multi_dimensional_logits(input, linear_weight, linear_bias)
+        return cross_entropy(
+            logits, target, weight=weight, token_weight=token_weight, reduction=reduction,
+            normalizer=normalizer, ignore_index=-100 if ignore_index is None else ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale, impl=impl,
+        )  # fmt: skip
+    ignored = -100 if ignore_index is None else ignore_index
+    softcap_or_0 = inputs.check_scalars(
+        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale
+    )
+    count = inputs.check_token_weight(token_weight, target)
+    inputs.check_reduction(reduction, normalizer, token_weight, count)
+    head = inputs.check_head(input, linear_weight, linear_bias, target)
+    class_weight = inputs.check_class_weight(weight, linear_weight.shape[0], input)
+    options = options or TokenLossOptions()
+    chosen = choose("linear_cross_entropy", input.device.type, head.compute_dtype, impl).impl
+    coefficients = token_coefficients(
+        head.target, token_weight, class_weight, count, reduction, normalizer, ignored, head.compute_dtype
+    )
+    loss_args = LossArguments(ignored, logit_scale, softcap_or_0, label_smoothing, lse_square_scale)
+    if chosen == "reference":
+        inputs.check_target_range(head.target, ignored, linear_weight.shape[0])
+        tokens = reference.linear_token_loss(
+            head.input, head.weight, head.bias, head.target, **loss_args.for_reference(class_weight)
+        )
+        return reduce_tokens(tokens, coefficients, reduction, count, head.shape)
+    head_args = HeadArguments(options.chunk_size, options.accum_dtype, head.compute_dtype, chosen)
+    needs = _needs(head.input, head.weight, head.bias)
+    if reduction != "none" and (count is None or count == 1):
+        coef = coefficients.values.reshape(-1)
+        skip = options.skip_zero_weight and not coef.requires_grad
+        loss = WeightedLoss.apply(
+            head.input, head.weight, head.bias, coef, head.target, class_weight,
+            (*needs, coef.requires_grad), skip, loss_args, head_args,
+        )  # fmt: skip
+        return coefficients.finish(loss, count)
+    active = coefficients.active() if options.skip_zero_weight else None
+    tokens = TokenLoss.apply(
+        head.input, head.weight, head.bias, head.target, active, class_weight, needs, loss_args, head_args
+    )
+    return reduce_tokens(tokens, coefficients, reduction, count, head.shape)
+
+
+def cross_entropy(
+    input: Tensor,  # (N, C), (C,) or (N, C, d1, ...)
+    target: Tensor,  # (N,), () or (N, d1, ...)
+    *,
+    weight: Tensor | None = None,  # (C,)
+    token_weight: Tensor | None = None,  # target's shape, or (K,) + target's shape
+    reduction: str = "mean",
+    normalizer: float | Tensor | str | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    impl: str | None = None,
+) -> Tensor:
+    """Cross entropy of logits that exist already, weighted per token.
+
+    Formula, weights, reductions and errors are those of ``linear_cross_entropy``; shapes are those of
+    ``torch.nn.functional.cross_entropy`` for index targets (classes in dimension 1).
+
+    Cost: one read of the logits forward; one read and one write backward. No copy of the logits is made
+    unless their classes are not the last, contiguous dimension.
+
+    Args:
+        input: logits, float32, bfloat16, float16 or float64.
+        target: int64 class indices.
+        weight: class weights, constants.
+        token_weight: one weight per token or K vectors of them, differentiable.
+        reduction: "mean", "sum" or "none".
+        normalizer: divisor of the mean: a number, a tensor or "token_weight"; None is torch's.
+        ignore_index: target that gives 0 loss and 0 gradient.
+        label_smoothing: in [0, 1].
+        softcap: bound of the logits, or None.
+        logit_scale: factor of the logits.
+        lse_square_scale: weight of the squared log-sum-exp.
+        impl: "reference", "native", "triton", or None for the fastest available.
+
+    Raises:
+        ValueError: a shape, device or value that does not fit.
+        TypeError: a dtype that does not fit.
+        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless ``TRIMTAB_CHECK=1``.
+        RuntimeError: ``impl`` names an implementation that is not available here.
+    """
+    inputs.check_floating("input", input)
+    if input.dim() == 0:
+        raise inputs.bad("input", "of shape (C,), (N, C) or (N, C, d1, ...)", (), "pass rows of logits")
+    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    if classes == 0:
+        raise inputs.bad("input", "of at least one class", tuple(input.shape), "check the logits' shape")
+    inputs.check_target(target, input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:])
+    inputs.check_devices(input, {"target": target})
+    softcap_or_0 = inputs.check_scalars(
+        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale
+    )
+    count = inputs.check_token_weight(token_weight, target)
+    inputs.check_reduction(reduction, normalizer, token_weight, count)
+    class_weight = inputs.check_class_weight(weight, classes, input)
+    chosen = choose("cross_entropy", input.device.type, input.dtype, impl).impl
+    rows, flat = inputs.class_last(input), target.reshape(-1)
+    coefficients = token_coefficients(
+        flat, token_weight, class_weight, count, reduction, normalizer, ignore_index, input.dtype
+    )
+    loss_args = LossArguments(ignore_index, logit_scale, softcap_or_0, label_smoothing, lse_square_scale)
+    if chosen == "reference":
+        inputs.check_target_range(flat, ignore_index, classes)
+        tokens = reference.token_loss(rows, flat, **loss_args.for_reference(class_weight))
+    else:
+        tokens = RowLoss.apply(rows, flat, class_weight, loss_args, chosen)
+    return reduce_tokens(tokens, coefficients, reduction, count, target.shape)
+
+
+def linear_logp(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    linear_bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # number or (...)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = None,
+    impl: str | None = None,
+    options: TokenLossOptions | None = None,
+) -> TokenLogp:
+    """Log-probability and entropy of each token under a linear head, without the logits in memory.
+
+    With ``z`` as in ``linear_cross_entropy``, divided by the temperature::
+
+        lse_t = log sum_v exp(z_v),   logp_t = z_y - lse_t,   entropy_t = lse_t - sum_v softmax(z)_v z_v
+
+    Cost in products: 1 without gradients, 4 with (the upstreams are known only in backward), 3 with the head
+    frozen, or 2 where only ``logp`` has an upstream then. Ignored tokens cost nothing.
+
+    Args:
+        input: hidden states, float32, bfloat16, float16 or float64.
+        linear_weight: the head, same dtype as ``input`` unless under autocast.
+        target: int64 class indices.
+        linear_bias: bias of the head.
+        temperature: positive; a number, or one per token; without gradient.
+        logit_scale: factor of the logits.
+        softcap: bound of the logits before the temperature, or None.
+        ignore_index: target whose token gives 0 for ``logp``, ``entropy`` and ``lse`` and -1 for
+            ``predicted``; None ignores nothing.
+        impl: "reference", "native", "triton", or None for the fastest available.
+        options: chunk size and accumulation dtype; ``skip_zero_weight`` has no meaning here.
+
+    Returns:
+        ``TokenLogp(logp, entropy, lse, predicted)``, float32 (float64 for float64 inputs) and int64.
+
+    Raises:
+        ValueError: a shape, device or value that does not fit.
+        TypeError: a dtype that does not fit.
+        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless ``TRIMTAB_CHECK=1``.
+        RuntimeError: ``impl`` names an implementation that is not available here.
+    """
+    softcap_or_0 = inputs.check_scalars(softcap=softcap, logit_scale=logit_scale)
+    head = inputs.check_head(input, linear_weight, linear_bias, target)
+    inv_temperature = inputs.inverse_temperature(temperature, head)
+    options = options or TokenLossOptions()
+    chosen = choose("linear_logp", input.device.type, head.compute_dtype, impl).impl
+    ignored = NOTHING_IGNORED if ignore_index is None else ignore_index
+    if chosen == "reference":
+        inputs.check_target_range(head.target, ignored, linear_weight.shape[0])
+        outputs = reference.token_logp(
+            F.linear(head.input, head.weight, head.bias), head.target, inv_temperature=inv_temperature,
+            ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap,
+        )  # fmt: skip
+    else:
+        outputs = LinearLogp.apply(
+            head.input, head.weight, head.bias, head.target, inv_temperature,
+            _needs(head.input, head.weight, head.bias), (ignored, logit_scale, softcap_or_0),
+            HeadArguments(options.chunk_size, options.accum_dtype, head.compute_dtype, chosen),
+        )  # fmt: skip
+    return TokenLogp(*(output.reshape(head.shape) for output in outputs))
+
+
+def linear_logp_ratio(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    ref_input: Tensor,  # (..., E)
+    ref_linear_weight: Tensor,  # (V, E)
+    target: Tensor,  # (...)
+    *,
+    linear_bias: Tensor | None = None,  # (V,)
+    ref_linear_bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # number or (...)
+    ref_temperature: float | Tensor | None = None,  # number or (...)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = None,
+    impl: str | None = None,
+    options: TokenLossOptions | None = None,
+) -> LogpRatio:
+    """Log-probability ratio of two linear heads per token: ``log p(y) - log p_ref(y)``.
+
+    The reference side is detached: it costs one product and keeps nothing for backward. The policy side
+    costs what ``linear_logp`` costs.
+
+    Args:
+        input: hidden states of the policy.
+        linear_weight: head of the policy.
+        ref_input: hidden states of the reference, of any width.
+        ref_linear_weight: head of the reference.
+        target: int64 class indices.
+        linear_bias: bias of the policy's head.
+        ref_linear_bias: bias of the reference's head.
+        temperature: positive; a number, or one per token.
+        ref_temperature: the reference's; None for the policy's.
+        logit_scale: factor of the logits on both sides.
+        softcap: bound of the logits on both sides, or None.
+        ignore_index: target whose token gives 0 everywhere; None ignores nothing.
+        impl: "reference", "native", "triton", or None for the fastest available.
+        options: as for ``linear_logp``.
+
+    Returns:
+        ``LogpRatio(log_ratio, logp, ref_logp)``.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as ``linear_logp``, for either side.
+    """
+    shared: dict[str, Any] = {
+        "logit_scale": logit_scale, "softcap": softcap, "ignore_index": ignore_index, "impl": impl,
+        "options": options,
+    }  # fmt: skip
+    with torch.no_grad():
+        ref_logp = linear_logp(
+            ref_input, ref_linear_weight, target, linear_bias=ref_linear_bias,
+            temperature=temperature if ref_temperature is None else ref_temperature, **shared,
+        ).logp  # fmt: skip
+    logp = linear_logp(
+        input, linear_weight, target, linear_bias=linear_bias, temperature=temperature, **shared
+    ).logp
+    return LogpRatio(logp - ref_logp, logp, ref_logp)
+
+
+def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
+    grad = torch.is_grad_enabled()
+    return tuple(grad and tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _choice_of_cross_entropy(arguments: dict[str, Any]) -> Choice:
+    logits = arguments["input"]
+    return choose("cross_entropy", logits.device.type, logits.dtype, arguments["impl"])
+
+
+CHOICES = {
+    "cross_entropy": (cross_entropy, _choice_of_cross_entropy),
+    **{
+        function.__name__: (function, lambda arguments, op=function.__name__: inputs.choice_for_head(op, arguments))
+        for function in (linear_cross_entropy, linear_logp, linear_logp_ratio)
+    },
+}
+"""Public operator -> (function, what ``explain`` answers for its arguments)."""

@@ -1,0 +1,251 @@
+"""Validation and flattening: bad input is met here, before any kernel runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab._choose import Choice, choose
+from trimtab._schemas import result_dtype
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# An ignore_index that no int64 target of a caller equals: stands for "nothing is ignored".
+NOTHING_IGNORED = -(2**63)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class TokenLossOptions:
+    """How the loss over a linear head is computed; the result's meaning never depends on it.
+
+    Attributes:
+        chunk_size: rows of logits in memory at a time; None for the measured rule of the device.
+        accum_dtype: dtype in which the head's gradient is summed over chunks. ``torch.float32``
+            costs one (V, D) float32 buffer when there is more than one chunk; the head's own
+            dtype costs none and rounds at every chunk.
+        skip_zero_weight: leave out the rows whose every token weight is 0, as ignored rows are.
+            On CUDA finding them costs one synchronisation, so there it is done only outside
+            graph capture.
+        deterministic: None follows ``torch.use_deterministic_algorithms``. All kernels of this
+            family are deterministic, so True and False give the same bits.
+    """
+
+    chunk_size: int | None = None
+    accum_dtype: torch.dtype = torch.float32
+    skip_zero_weight: bool = True
+    deterministic: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(
+                f"chunk_size must be a positive number of rows or None, got {self.chunk_size}; "
+                "None lets the device's rule decide"
+            )
+        if self.accum_dtype not in FLOATING:
+            raise TypeError(
+                f"accum_dtype must be a floating dtype, got {self.accum_dtype}; use torch.float32"
+            )
+
+
+class Head(NamedTuple):
+    """A flattened call on a linear head."""
+
+    input: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    target: Tensor  # (N,)
+    compute_dtype: torch.dtype
+    shape: torch.Size  # of the target as given
+
+
+def bad(argument: str, expected: str, got: object, remedy: str) -> ValueError:
+    """The package's one form of ValueError. Built only when raised: formatting sizes breaks tracing."""
+    return ValueError(f"{argument} must be {expected}, got {got}; {remedy}")
+
+
+def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Head:
+    """Shapes, devices and dtypes of a linear head's arguments; flattens the leading dimensions."""
+    if weight.dim() != 2:
+        raise bad("linear_weight", "of shape (V, D)", tuple(weight.shape),
+                  "pass the head's weight as nn.Linear stores it")  # fmt: skip
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise bad("linear_weight", "non-empty", tuple(weight.shape),
+                  "a sharded (ZeRO-3, FSDP) weight has to be gathered first")  # fmt: skip
+    if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
+        raise bad("input", f"of shape (..., {weight.shape[1]}) to fit linear_weight", tuple(input.shape),
+                  "check which hidden states belong to this head")  # fmt: skip
+    check_target(target, input.shape[:-1])
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise bad("linear_bias", f"of shape ({weight.shape[0]},)", tuple(bias.shape), "one number per class")
+    check_devices(input, {"linear_weight": weight, "target": target, "linear_bias": bias})
+    dtype = compute_dtype(input, weight, bias)
+    flat = input.reshape(-1, input.shape[-1])
+    return Head(flat, weight, bias, target.reshape(-1), dtype, target.shape)
+
+
+def check_target(target: Tensor, shape: torch.Size) -> None:
+    """Target dtype and shape."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}; use target.long()")
+    if target.shape != shape:
+        raise bad("target", f"of shape {tuple(shape)}, one index per row", tuple(target.shape),
+                  "flatten or shift both alike")  # fmt: skip
+
+
+def check_devices(first: Tensor, others: dict[str, Tensor | None]) -> None:
+    """Everything on the device of the first argument."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise bad(name, f"on {first.device} as input is", tensor.device,
+                      f"use {name}.to({str(first.device)!r})")  # fmt: skip
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A floating dtype that the family supports."""
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; cast it"
+        )
+
+
+def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Dtype of the products: autocast's if it is on, as for ``F.linear``; else the common one."""
+    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is not None:
+            check_floating(name, tensor)
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(
+                f"{name} must be {input.dtype} as input is, got {tensor.dtype}; cast one of them, "
+                "or run under torch.autocast"
+            )
+    return input.dtype
+
+
+def check_class_weight(weight: Tensor | None, classes: int, like: Tensor) -> Tensor | None:
+    """Class weights as contiguous (V,) in the result's dtype."""
+    if weight is None:
+        return None
+    if weight.dim() != 1 or weight.shape[0] != classes:
+        raise bad("weight", f"of shape ({classes},), one per class", tuple(weight.shape),
+                  "token_weight= takes one weight per token")  # fmt: skip
+    check_floating("weight", weight)
+    if weight.requires_grad:
+        raise bad("weight", "without gradient", "requires_grad=True",
+                  "class weights are constants: use weight.detach(); token_weight= is differentiable")  # fmt: skip
+    check_devices(like, {"weight": weight})
+    return weight.to(result_dtype(like.dtype)).contiguous()
+
+
+def check_scalars(
+    *, label_smoothing: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0
+) -> float:
+    """Ranges of the scalar options. Returns the softcap, 0 for none, as the kernels take it."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise bad("label_smoothing", "in [0, 1]", label_smoothing, "0 turns it off")
+    if softcap is not None and not softcap > 0.0:
+        raise bad("softcap", "positive or None", softcap, "None turns it off")
+    if logit_scale != logit_scale:
+        raise bad("logit_scale", "a number", logit_scale, "1.0 leaves the logits alone")
+    return 0.0 if softcap is None else float(softcap)
+
+
+def check_reduction(
+    reduction: str, normalizer: object, token_weight: Tensor | None, count: int | None
+) -> None:
+    """Reduction, and whether its divisor makes sense."""
+    if reduction not in REDUCTIONS:
+        raise bad("reduction", "'mean', 'sum' or 'none'", repr(reduction), "see torch's cross_entropy")
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise bad("normalizer", "None unless reduction='mean'", repr(normalizer),
+                  f"it is the mean's divisor; divide the {reduction!r} result yourself")  # fmt: skip
+    if isinstance(normalizer, str) and normalizer != "token_weight":
+        raise bad("normalizer", "a number, a tensor or 'token_weight'", repr(normalizer),
+                  "None divides by the number of tokens")  # fmt: skip
+    if isinstance(normalizer, str) and token_weight is None:
+        raise bad("token_weight", "given when normalizer='token_weight'", None, "leave normalizer out")
+    if isinstance(normalizer, Tensor) and normalizer.numel() not in (1, count):
+        raise bad("normalizer", "one number, or one per weight vector", tuple(normalizer.shape),
+                  "use normalizer.sum() for one")  # fmt: skip
+
+
+def check_token_weight(token_weight: Tensor | None, target: Tensor) -> int | None:
+    """Shape of the token weights. Returns K for ``(K,) + target.shape``, None for ``target``'s shape."""
+    if token_weight is None:
+        return None
+    check_floating("token_weight", token_weight)
+    check_devices(target, {"token_weight": token_weight})
+    if token_weight.shape == target.shape:
+        return None
+    if token_weight.dim() != target.dim() + 1 or token_weight.shape[1:] != target.shape:
+        shape = tuple(target.shape)
+        raise bad("token_weight", f"of shape {shape} or (K, *{shape})", tuple(token_weight.shape),
+                  "one weight per token, or K vectors of them")  # fmt: skip
+    return token_weight.shape[0]
+
+
+def looks_at_values(tensor: Tensor) -> bool:
+    """Whether checks may read the tensor: on a CPU, or on CUDA when ``TRIMTAB_CHECK=1`` asks for it."""
+    return tensor.device.type == "cpu" or os.environ.get("TRIMTAB_CHECK") == "1"
+
+
+def check_target_range(target: Tensor, ignore_index: int, classes: int) -> None:
+    """Raise IndexError for a target outside the vocabulary; unchecked, a kernel answers with NaN."""
+    if not looks_at_values(target):
+        return
+    out_of_range = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bool(out_of_range.any()):
+        row = int(out_of_range.nonzero()[0])
+        raise IndexError(
+            f"target must be in [0, {classes}) or equal to ignore_index, got {int(target[row])} at "
+            f"flat position {row}; check the tokenizer's size against the head's"
+        )
+
+
+def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | None:
+    """``1 / temperature`` per token, (N,) in the result's dtype; None for a temperature of 1."""
+    dtype = result_dtype(head.compute_dtype)
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0.0:
+            raise bad("temperature", "positive", temperature, "the limit 0 is an argmax: see `predicted`")
+        if temperature == 1.0:
+            return None
+        return torch.full(head.target.shape, 1.0 / temperature, dtype=dtype, device=head.target.device)
+    if temperature.requires_grad:
+        raise bad("temperature", "without gradient", "requires_grad=True", "use temperature.detach()")
+    check_devices(head.target, {"temperature": temperature})
+    if temperature.dim() > 0 and temperature.shape != head.shape:
+        raise bad("temperature", f"a number or of shape {tuple(head.shape)}", tuple(temperature.shape),
+                  "one temperature per token")  # fmt: skip
+    if not torch.compiler.is_compiling() and looks_at_values(temperature) and bool((temperature <= 0).any()):
+        raise bad("temperature", "positive everywhere", float(temperature.min()), "clamp it from below")
+    return temperature.to(dtype).reciprocal().expand(head.shape).reshape(-1)
+
+
+def choice_for_head(op: str, arguments: dict[str, Any]) -> Choice:
+    """What ``explain`` answers for an operator on a linear head."""
+    input, weight = arguments["input"], arguments["linear_weight"]
+    bias = arguments.get("linear_bias")
+    return choose(op, input.device.type, compute_dtype(input, weight, bias), arguments["impl"])
+
+
+def class_last(logits: Tensor) -> Tensor:
+    """Torch's ``(N, C, d1, ...)`` as rows ``(N * d1 * ..., C)``."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1]) if logits.dim() > 1 else logits[None]
+
+
+def multi_dimensional_logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits ``(N, C, d1, ...)`` of torch's K-dimensional head ``(C, d1, ..., D)``."""
+    flat_bias = None if bias is None else bias.reshape(-1)
+    logits = F.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
+    return logits.reshape(input.shape[0], *weight.shape[:-1])

@@ -1,0 +1,94 @@
+"""From token weights and the reduction to one coefficient per token, differentiable in the weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab._schemas import result_dtype
+
+
+class Coefficients(NamedTuple):
+    """What each token's loss is multiplied by."""
+
+    values: Tensor | None  # (N,) or (K, N); None: all ones, ignored tokens aside
+    divisor: Tensor | None  # (), (K,) or None: what the values were divided by
+
+    def active(self) -> Tensor | None:
+        """1 for the tokens that any weight lets through, else 0; None where the weights decide nothing."""
+        if self.values is None or self.values.requires_grad:
+            return None
+        nonzero = self.values.detach() != 0
+        return (nonzero.any(0) if nonzero.dim() == 2 else nonzero).to(self.values.dtype)
+
+    def finish(self, loss: Tensor, count: int | None) -> Tensor:
+        """NaN for the mean over nothing, as torch gives, with its gradients left at 0."""
+        if self.divisor is not None:
+            loss = loss + 0.0 / self.divisor.detach().reshape(-1 if loss.dim() else ())
+        return loss.reshape(1) if count == 1 and loss.dim() == 0 else loss
+
+
+def token_coefficients(
+    target: Tensor,  # (N,)
+    token_weight: Tensor | None,  # target's shape as given, or (K,) + it
+    class_weight: Tensor | None,  # (V,)
+    count: int | None,
+    reduction: str,
+    normalizer: float | Tensor | str | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Coefficients:
+    """Weights over the reduction's divisor; exactly 0 where the target is ignored."""
+    dtype = result_dtype(dtype)
+    valid = target != ignore_index
+    weights = None
+    if token_weight is not None:
+        weights = token_weight.to(dtype).reshape(target.shape if count is None else (count, target.numel()))
+        weights = torch.where(valid, weights, 0.0)
+    if reduction == "none":
+        return Coefficients(weights, None)
+    if weights is None:
+        weights = valid.to(dtype)
+    if reduction == "sum":
+        return Coefficients(weights, None)
+    divisor = _divisor(target, valid, weights, class_weight, normalizer)
+    column = divisor.unsqueeze(-1) if divisor.dim() else divisor
+    nothing = column == 0
+    values = torch.where(nothing, 0.0, weights / torch.where(nothing, 1.0, column))
+    return Coefficients(values, divisor)
+
+
+def _divisor(
+    target: Tensor,
+    valid: Tensor,
+    weights: Tensor,
+    class_weight: Tensor | None,
+    normalizer: float | Tensor | str | None,
+) -> Tensor:
+    if isinstance(normalizer, str):
+        return weights.sum(-1)
+    if isinstance(normalizer, Tensor):
+        return normalizer.to(weights).squeeze()
+    if normalizer is not None:
+        return weights.new_full((), float(normalizer))
+    if class_weight is None:
+        return valid.sum().to(weights.dtype)
+    of_target = class_weight[target.clamp(0, class_weight.numel() - 1)]
+    return torch.where(valid, of_target, 0.0).sum()
+
+
+def reduce_tokens(
+    tokens: Tensor,  # (N,)
+    coefficients: Coefficients,
+    reduction: str,
+    count: int | None,
+    shape: torch.Size,
+) -> Tensor:
+    """The loss from the unweighted loss of each token: shape (), (K,), ``shape`` or (K,) + ``shape``."""
+    leading = () if count is None else (count,)
+    if reduction == "none":
+        weighted = tokens if coefficients.values is None else coefficients.values * tokens
+        return weighted.reshape(*leading, *shape)
+    return coefficients.finish((coefficients.values * tokens).sum(-1), count)

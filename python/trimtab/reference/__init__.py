@@ -1,0 +1,1 @@
+"""The oracles: every family in plain PyTorch."""

@@ -49,23 +49,15 @@ CXX_FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
     f"-fno-math-errno -fno-trapping-math -Wall -Wextra {STABLE_ABI}"
 ).split()
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # File name suffix -> flags. Linked in this order: of a function that several files instantiate the
 # linker keeps the first, and that one must run on every processor that reaches it.
 INSTRUCTION_SETS = {
     "": [],
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx2": AVX2,
     # GCC before 13 warns of variables in its own AVX-512 header (GCC bug 105593).
-    "_avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
+    "_avx512": [*AVX2, *AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 }
 NVCC_FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -DUSE_CUDA --expt-relaxed-constexpr "
@@ -136,7 +128,9 @@ def find_compiler() -> tuple[list[str], str]:
 
 def torch_flags(folder: Path) -> tuple[list[str], list[str]]:
     """Include and link flags; only a library that it names as needed lends its symbols to ours."""
-    include = ["-isystem", str(folder / "include")]
+    # Error messages name source files: as they are in the project, not where it was built.
+    maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={folder.parent}/="]
+    include = [f"-I{ROOT / 'csrc'}", "-isystem", str(folder / "include"), *maps]
     return include, ["-L" + str(folder / "lib"), "-ltorch_cpu"]
 
 
@@ -152,7 +146,7 @@ def cpu_library() -> Library:
     for source in sources:
         suffix = next((s for s in INSTRUCTION_SETS if s and source.stem.endswith(s)), "")
         if x86 or not suffix:
-            flags = [*CXX_FLAGS, *INSTRUCTION_SETS[suffix], f"-I{ROOT / 'csrc'}", *include]
+            flags = [*CXX_FLAGS, *INSTRUCTION_SETS[suffix], *include]
             groups[suffix].append(Unit(source, [*compiler, *flags]))
     info = {
         "torch": facts["__version__"],
@@ -210,8 +204,8 @@ def cuda_library() -> Library:
     archs = os.environ.get("TRIMTAB_CUDA_ARCHS") or DEFAULT_ARCHS
     gencode = gencode_flags(archs, release)
     include, libraries = torch_flags(folder)
-    flags = [*NVCC_FLAGS, *gencode, f"-I{ROOT / 'csrc'}", *include]
-    command = [nvcc, "-ccbin", compiler[0], *flags]
+    include = [f"-Xcompiler={flag}" if flag.startswith("-f") else flag for flag in include]
+    command = [nvcc, "-ccbin", compiler[0], *NVCC_FLAGS, *gencode, *include]
     info = {
         "torch": facts["__version__"],
         "compiler": version,
@@ -274,7 +268,7 @@ def compile_unit(unit: Unit, info: dict[str, Any]) -> Path:
     target = OBJECTS / f"{unit.source.parent.name}-{unit.source.stem}-{key}.o"
     depends = target.with_suffix(".d")
     if out_of_date(target, read_dependencies(depends)):
-        print(f"compiling {unit.source.relative_to(ROOT)}", flush=True)
+        sys.stdout.write(f"compiling {unit.source.relative_to(ROOT)}\n")
         arguments = ["-MMD", "-MF", str(depends), "-c", str(unit.source), "-o", str(target)]
         result = subprocess.run([*unit.command, *arguments], capture_output=True, text=True)
         sys.stderr.write(result.stderr)

@@ -68,7 +68,11 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
         return "Triton runs on CUDA tensors, and on CPU tensors only with TRITON_INTERPRET=1 set before import"
     if device not in ("cpu", "cuda"):
         return f"no Triton kernels for device {device!r}"
-    return None if dtype in _TRITON_DTYPES else f"dtype {dtype} is not supported by Triton; use impl='reference'"
+    return (
+        None
+        if dtype in _TRITON_DTYPES
+        else f"dtype {dtype} is not supported by Triton; use impl='reference'"
+    )
 
 
 def choose(op: str, device: str, dtype: torch.dtype, impl: str | None = None) -> Choice:
@@ -99,6 +103,8 @@ def choose(op: str, device: str, dtype: torch.dtype, impl: str | None = None) ->
         if problem is None and candidate == "triton" and device == "cpu":
             problem = "the Triton interpreter is for tests"
         if problem is None:
-            return Choice(candidate, "; ".join(["fastest available for these inputs", *passed_over]))
+            return Choice(
+                candidate, "; ".join(["fastest available for these inputs", *passed_over])
+            )
         passed_over.append(f"{candidate}: {problem}")
     return Choice("reference", "; ".join(passed_over))

@@ -120,5 +120,10 @@ def _fake_grads(
     return (
         _fill(input, tuple(input.shape), needs_grad[0], input.dtype),
         _fill(weight, tuple(weight.shape), needs_grad[1], weight.dtype),
-        _fill(input, (weight.shape[0],), needs_grad[2], bias.dtype if bias is not None else input.dtype),
+        _fill(
+            input,
+            (weight.shape[0],),
+            needs_grad[2],
+            bias.dtype if bias is not None else input.dtype,
+        ),
     )

@@ -1,29 +1,32 @@
-"""Solver behind ``CapabilitySalience``: Levenberg-Marquardt on the weights' parameters and the law together.
+"""Solver behind ``CapabilitySalience``: the weights' parameters and the law, fitted together.
 
 For one capability, with D the NLL matrix centred over the models of the fit, token by token::
 
-    F(p, law) = sum_m (a_m - y_m)**2 / sum_m (y_m - mean y)**2  +  regularization * KL(w || uniform)
+    F = sum_m (a_m - y_m)**2 / sum_m (y_m - mean y)**2  +  regularization * KL(w || uniform)
     w = softmax(basis^T p),   a_m = gamma + (1 - gamma) sigmoid(alpha (D w)_m + offset)
 
-Centring loses nothing: a token that is hard for every model alike moves every score by the same amount, which
-``offset`` absorbs. One pass over the matrix, in blocks of tokens, gives all that a step needs for all capabilities:
-the scores, KL, and the weighted covariances ``Cov_w(basis, basis)`` and ``Cov_w(D, basis)``, through which KL and
-the scores move when p does. The step itself is a linear system of P + 3 numbers.
+Centring loses nothing: a token that is hard for every model alike moves every score by the same
+amount, which ``offset`` absorbs. One pass over the matrix, in blocks of tokens, gives all that a
+step needs for all capabilities: the scores, KL, and the covariances ``Cov_w(basis, basis)`` and
+``Cov_w(D, basis)`` under the weights, through which KL and the scores move when p does. The step
+itself is a linear system of P + 3 numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Block = tuple[Tensor, Tensor, Tensor]  # centred NLL (M, n), its mean over models (n,), basis (P, n)
+from trimtab.algorithms.token_weights import Block
 
 _LAST_GAMMA = 0.999  # gamma < 1, or the law is flat
+_STEEPEST = 100.0  # logits
+_FLAT = 0.95  # 1 - R2 of a mean-loss law that is as good as none
 
 
 class Moments(NamedTuple):
@@ -31,6 +34,7 @@ class Moments(NamedTuple):
 
     score: Tensor  # (B, M) weighted mean of the centred NLL
     level: Tensor  # (B,) weighted mean of the mean NLL over models
+    spread: Tensor  # (B,) root of the weighted mean of the centred NLL's square
     kl: Tensor  # (B,) KL(w || uniform) in nats
     log_norm: Tensor  # (B,) log sum_n exp(u_n)
     basis_mean: Tensor  # (B, P)
@@ -38,11 +42,15 @@ class Moments(NamedTuple):
     cross_cov: Tensor  # (B, M, P)
     eps: float  # rounding of the sums: eigenvalues of basis_cov below eps * the largest are noise
 
+    def of(self, index: int) -> Moments:
+        """Those of one of the B weight vectors, without the leading dimension."""
+        return self._replace(**{name: getattr(self, name)[index] for name in self._fields[:-1]})
+
 
 def moments(blocks: Iterator[Block], params: Tensor) -> Moments:  # params (B, P)
     """Moments under ``w = softmax(basis^T params)``, with a running maximum as in online softmax.
 
-    Cost: one read of the matrix and ``2 B P (P + M) N`` FLOP (half of it where the basis is the matrix itself).
+    Cost: one read of the matrix and ``2 B P (P + M) N`` FLOP, half of that with a table.
     """
     peak = torch.full((len(params),), -torch.inf, dtype=torch.float64)
     total: list[Tensor] = []
@@ -58,12 +66,13 @@ def moments(blocks: Iterator[Block], params: Tensor) -> Moments:  # params (B, P
             for new, was in zip(sums, old, strict=True)
         ]
         peak, count, eps = new_peak, count + u.shape[1], torch.finfo(u.dtype).eps
-    mass, level, score, basis_mean, basis_cov, cross_cov = total
+    mass, level, square, score, basis_mean, basis_cov, cross_cov = total
     score, basis_mean = score / mass[:, None], basis_mean / mass[:, None]
     log_norm = peak + mass.log()
     return Moments(
         score=score,
         level=level / mass,
+        spread=(square / mass).sqrt(),
         kl=(params * basis_mean).sum(1) - log_norm + math.log(count),
         log_norm=log_norm,
         basis_mean=basis_mean,
@@ -84,13 +93,16 @@ def _block_sums(contrast: Tensor, mean: Tensor, basis: Tensor, e: Tensor) -> lis
     else:
         score = e @ contrast.mT
         cross = (weighted @ contrast.mT).view(size, rank, -1).mT
-    return [s.cpu().double() for s in (e.sum(1), e @ mean, score, basis_sum, basis_cov, cross)]
+    square = e @ contrast.square().mean(0)
+    sums = (e.sum(1), e @ mean, square, score, basis_sum, basis_cov, cross)
+    return [s.cpu().double() for s in sums]
 
 
 def law_value(theta: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:  # (3,), (M,) -> (M,), (M, 3)
-    """``a = gamma + (1 - gamma) sigmoid(alpha score + offset)`` and its gradient in (alpha, offset, gamma).
+    """The law ``a = gamma + (1 - gamma) sigmoid(alpha score + offset)`` and its gradient.
 
-    The gradient in ``score`` is ``alpha`` times the one in ``offset``.
+    The gradient is in (alpha, offset, gamma); the one in ``score`` is ``alpha`` times that in
+    ``offset``.
     """
     alpha, offset, gamma = theta
     z = alpha * score + offset
@@ -107,39 +119,51 @@ class LawFit:
     floor: float
     fit_floor: bool
     decreasing: bool
-    scale: float = field(init=False)
+    steepest: float = math.inf  # bound of |alpha|
 
     def __post_init__(self) -> None:
         spread = float((self.accuracy - self.accuracy.mean()).square().sum())
         self.scale = 1.0 / spread if spread > 0 else 1.0
-        self.free = torch.tensor([0, 1, 2] if self.fit_floor else [0, 1])
+
+    def bounds(self) -> Tensor:  # (2, 3)
+        """Least and greatest alpha, offset and gamma."""
+        gammas = (0.0, _LAST_GAMMA) if self.fit_floor else (self.floor, self.floor)
+        alphas = (-self.steepest, 0.0 if self.decreasing else self.steepest)
+        pairs = (alphas, (-math.inf, math.inf), gammas)
+        return torch.tensor(pairs, dtype=torch.float64).T
+
+    def free(self, theta: Tensor, gradient: Tensor) -> Tensor:
+        """Which of alpha, offset and gamma are not held at a bound that the gradient pushes at."""
+        least, greatest = self.bounds()
+        held = ((theta <= least) & (gradient >= 0)) | ((theta >= greatest) & (gradient <= 0))
+        return (~held).nonzero()[:, 0]
+
+    def move(self, theta: Tensor, free: Tensor, step: Tensor) -> Tensor:
+        """``theta`` after a step of its free entries, inside its bounds."""
+        least, greatest = self.bounds()
+        return theta.index_add(0, free, step).clamp(least, greatest)
 
     def loss(self, theta: Tensor, score: Tensor) -> float:
         """``1 - R2`` on the models of the fit."""
         return float((law_value(theta, score)[0] - self.accuracy).square().sum()) * self.scale
 
-    def move(self, theta: Tensor, step: Tensor) -> Tensor:
-        """``theta`` plus a step of its free entries, back on the allowed side of its bounds."""
-        alpha, offset, gamma = theta.index_add(0, self.free, step)
-        alpha = alpha.clamp(max=0.0) if self.decreasing else alpha
-        return torch.stack([alpha, offset, gamma.clamp(0.0, _LAST_GAMMA)])
-
     def start(self, score: Tensor) -> Tensor:
         """Linear regression of the accuracy's logit on the score, which is centred."""
         y = ((self.accuracy - self.floor) / (1 - self.floor)).clamp(0.02, 0.98).logit()
         alpha = (score * y).sum() / score.square().sum().clamp(min=1e-300)
-        alpha = alpha.clamp(max=0.0) if self.decreasing else alpha
-        return torch.stack([alpha, y.mean(), y.new_tensor(self.floor)])
+        least, greatest = self.bounds()
+        return torch.stack([alpha, y.mean(), y.new_tensor(self.floor)]).clamp(least, greatest)
 
     def polish(self, theta: Tensor, score: Tensor) -> tuple[Tensor, float]:
-        """Levenberg-Marquardt on the law alone, to convergence; it touches M numbers, not the matrix."""
+        """Levenberg-Marquardt on the law alone, to convergence: M numbers, no pass."""
         loss, damping = self.loss(theta, score), 1e-3
         for _ in range(200):
             value, jacobian = law_value(theta, score)
-            jacobian = jacobian[:, self.free]
-            gradient, normal = jacobian.mT @ (value - self.accuracy), jacobian.mT @ jacobian
-            step = -_solve(normal, damping * normal.diagonal(), gradient)
-            trial = self.move(theta, step)
+            gradient = jacobian.mT @ (value - self.accuracy)
+            free = self.free(theta, gradient)
+            normal = (jacobian.mT @ jacobian)[free][:, free]
+            step = -_solve(normal, damping * normal.diagonal(), gradient[free])
+            trial = self.move(theta, free, step)
             trial_loss = self.loss(trial, score)
             if trial_loss < loss:
                 gain, theta, loss, damping = loss - trial_loss, trial, trial_loss, damping / 8
@@ -153,7 +177,7 @@ class LawFit:
 
 
 def _solve(normal: Tensor, damping: Tensor, right: Tensor) -> Tensor:
-    """Solution of the damped normal equations; a direction without any curvature stays where it is."""
+    """Solution of the damped normal equations; a direction without curvature stays where it is."""
     diagonal = damping + 1e-14 * normal.diagonal().max() + 1e-300
     return torch.linalg.solve(normal + diagonal.diag(), right)
 
@@ -169,92 +193,147 @@ class Task:
     at: Moments  # of this capability alone, without the leading B
     objective: float
     damping: float = 1e-2
+    promised: float = 0.0  # fall of the objective that the last proposal expects
     steps: int = 0
     done: bool = False
 
-    def propose(self) -> tuple[Tensor, Tensor]:
-        """One damped Gauss-Newton step of the parameters and the law.
-
-        In the coordinates z that whiten ``Cov_w(basis, basis)``, KL(w || uniform) has the identity as its
-        Gauss-Newton matrix, so the damping is a trust region in KL. For a table of weights the terms left out cancel
-        at the optimum, and the last steps converge about as fast as Newton's.
-        """
+    def whiten(self) -> Tensor:  # (P, rank)
+        """Map from coordinates z, in which ``Cov_w(basis, basis)`` is the identity, to p."""
         values, vectors = torch.linalg.eigh(self.at.basis_cov)
         seen = values > self.at.eps * values[-1]
-        whiten = vectors[:, seen] / values[seen].sqrt()  # p = whiten @ z
-        accuracy, jacobian = law_value(self.theta, self.at.score)
-        by_score = self.theta[0] * jacobian[:, 1:2]
-        jacobian = torch.cat(
-            [by_score * (self.at.cross_cov @ whiten), jacobian[:, self.law.free]], 1
-        )
-        gradient = jacobian.mT @ (accuracy - self.law.accuracy) * self.law.scale
-        normal = jacobian.mT @ jacobian * self.law.scale
+        return vectors[:, seen] / values[seen].sqrt()
+
+    def against_accuracy(self) -> Tensor:  # (P,)
+        """Step that weighs tokens by how their loss falls with accuracy, one nat as deviation."""
+        whiten = self.whiten()
+        covariance = self.at.cross_cov.mT @ (self.law.accuracy - self.law.accuracy.mean())
+        z = whiten.mT @ covariance
+        return -(whiten @ z) / z.norm().clamp(min=1e-300)
+
+    def propose(self, tolerance: float) -> tuple[Tensor, Tensor] | None:
+        """One damped Gauss-Newton step of the parameters and the law, or None once converged.
+
+        In the coordinates z that whiten ``Cov_w(basis, basis)``, KL(w || uniform) has the identity
+        as its Gauss-Newton matrix, so the damping is a trust region in KL. For a table of weights
+        the third cumulants that this leaves out cancel at the optimum, where
+        ``dF/dS + regularization * p = 0``.
+        """
+        strength = 0.5 * self.regularization
+        whiten = self.whiten()
         rank = whiten.shape[1]
-        gradient[:rank] += (
-            0.5 * self.regularization * (whiten.mT @ (self.at.basis_cov @ self.params))
-        )
-        extra = self.damping * normal.diagonal()
-        extra[:rank] = 0.5 * self.regularization + self.damping
-        step = -_solve(normal, extra, gradient)
-        return self.params + whiten @ step[:rank], self.law.move(self.theta, step[rank:])
+        accuracy, by_law = law_value(self.theta, self.at.score)
+        by_z = self.theta[0] * by_law[:, 1:2] * (self.at.cross_cov @ whiten)
+        free = self.law.free(self.theta, by_law.mT @ (accuracy - self.law.accuracy))
+        jacobian = torch.cat([by_z, by_law[:, free]], 1)
+        gradient = jacobian.mT @ (accuracy - self.law.accuracy) * self.law.scale
+        gradient[:rank] += strength * (whiten.mT @ (self.at.basis_cov @ self.params))
+        normal = jacobian.mT @ jacobian * self.law.scale
+        normal.diagonal()[:rank] += strength
+        damping = self.damping * torch.cat([torch.ones(rank), normal.diagonal()[rank:]])
+        step = -_solve(normal, damping, gradient)
+        self.promised = -float(step @ (2.0 * gradient + normal @ step))
+        if self.promised < tolerance and self.damping <= self.regularization:
+            self.done = True
+            return None
+        moved = self.params + whiten @ step[:rank]
+        return moved, self.law.move(self.theta, free, step[rank:])
 
     def take(self, params: Tensor, theta: Tensor, at: Moments, tolerance: float) -> None:
-        """Moves to a proposal if the objective falls there, with the law fitted anew."""
+        """Moves to a proposal if the objective, with the law fitted anew, is lower there."""
         theta, loss = self.law.polish(theta, at.score)
-        objective = loss + self.regularization * float(at.kl)
+        gain = self.objective - loss - self.regularization * float(at.kl)
         self.steps += 1
-        if objective < self.objective:
-            self.done = self.objective - objective < tolerance
-            self.params, self.theta, self.at, self.objective = params, theta, at, objective
-            self.damping /= 8
+        if gain > 0:
+            self.params, self.theta, self.at = params, theta, at
+            self.objective -= gain
+            kept = gain / max(self.promised, 1e-300)
+            self.damping *= 0.125 if kept > 0.75 else 1.0 if kept > 0.25 else 4.0
         else:
             self.damping *= 8
-            self.done = self.damping > 1e4
+            self.done = self.damping > 1e4 or -gain < 0.01 * tolerance
 
 
-def _one(at: Moments, index: int) -> Moments:
-    return Moments(*(part[index] for part in at[:-1]), at.eps)
+def _begin(law: LawFit, regularization: float, at: Moments, tolerance: float) -> Task:
+    """A capability at uniform weights, with the law of the mean loss.
+
+    Weights could cancel what the models' losses have in common, and a law without bound then turn
+    the rest, however small, into any accuracies. So the slope is held to ``_STEEPEST`` over the
+    spread of a token's NLL, or to ten times that of the mean-loss law where this is more.
+    """
+    theta, loss = law.polish(law.start(at.score), at.score)
+    done = math.isinf(regularization) or loss < tolerance
+    unit = 1.0 / max(float(at.spread), 1e-300)
+    law.steepest = max(_STEEPEST * unit, 10.0 * abs(float(theta[0])))
+    params = torch.zeros_like(at.basis_mean)
+    return Task(law, regularization, params, theta, at, loss, done=done)
+
+
+def _tilt_flat(read: Callable[[int], Iterator[Block]], tasks: Sequence[Task]) -> None:
+    """Starts off uniform where the mean loss says nothing of the accuracy, or the wrong thing.
+
+    A flat law gives the weights no gradient. The log-weights are tilted down the covariance of each
+    token's loss with the accuracy, twice as far each time, until the score falls with accuracy.
+    """
+    flat = [task for task in tasks if not task.done and task.objective > _FLAT]
+    directions = [t.against_accuracy() for t in flat]
+    for power in range(6):
+        if not flat:
+            return
+        tilted = torch.stack([2.0**power * direction for direction in directions])
+        at = moments(read(len(flat)), tilted)
+        left = []
+        for index, task in enumerate(flat):
+            here = at.of(index)
+            theta, loss = task.law.polish(task.law.start(here.score), here.score)
+            if theta[0] < 0:
+                task.params, task.theta, task.at = tilted[index], theta, here
+                task.objective = loss + task.regularization * float(here.kl)
+            else:
+                left.append(index)
+        flat, directions = [flat[i] for i in left], [directions[i] for i in left]
 
 
 def solve(
     read: Callable[[int], Iterator[Block]],
     laws: Sequence[LawFit],
     regularization: Sequence[float],
-    start: Tensor,  # (C, P)
+    rank: int,
     *,
     steps: int,
     tolerance: float,
 ) -> list[Task]:
-    """Fits all capabilities side by side; each pass over the matrix serves those that have not converged.
+    """Fits all capabilities side by side; a pass serves all those that have not converged.
 
     Args:
         read: gives the blocks of one pass; its argument is how many weight vectors share the pass.
         laws: one per capability.
-        regularization: one per capability; infinite keeps its weights at ``start``.
-        start: parameters to start from, zeros for uniform weights.
+        regularization: one per capability; infinite keeps its weights uniform.
+        rank: P.
         steps: most passes after the first.
-        tolerance: a step that lowers the objective, which is on the scale of R2, by less is the last one.
+        tolerance: a step that lowers the objective, on the scale of R2, by less is the last one.
     """
-    at = moments(read(len(laws)), start)
+    at = moments(read(len(laws)), torch.zeros(len(laws), rank, dtype=torch.float64))
     if not bool(torch.isfinite(at.score).all() and torch.isfinite(at.level).all()):
         raise ValueError("nll must be finite, got NaN or infinity; leave out such tokens or models")
-    tasks = []
-    for index, (law, strength) in enumerate(zip(laws, regularization, strict=True)):
-        here = _one(at, index)
-        theta, loss = law.polish(law.start(here.score), here.score)
-        objective = loss + (strength * float(here.kl) if math.isfinite(strength) else 0.0)
-        task = Task(law, strength, start[index], theta, here, objective, done=math.isinf(strength))
-        if not task.done and law.decreasing and theta[0] == 0:
-            # A flat law gives the weights no gradient: look for tokens whose loss falls where accuracy rises.
-            spread = here.score.square().mean().sqrt().clamp(min=1e-300)
-            task.theta = torch.stack([-1.0 / spread, theta[1], theta[2]])
-        tasks.append(task)
+    tasks = [
+        _begin(law, strength, at.of(index), tolerance)
+        for index, (law, strength) in enumerate(zip(laws, regularization, strict=True))
+    ]
+    uniform = [replace(task) for task in tasks]
+    if steps > 0:
+        _tilt_flat(read, tasks)
     for _ in range(steps):
-        active = [task for task in tasks if not task.done]
-        if not active:
+        proposals = [
+            (t, p) for t in tasks if not t.done and (p := t.propose(tolerance)) is not None
+        ]
+        if not proposals:
             break
-        proposals = [task.propose() for task in active]
-        at = moments(read(len(active)), torch.stack([params for params, _ in proposals]))
-        for index, (task, (params, theta)) in enumerate(zip(active, proposals, strict=True)):
-            task.take(params, theta, _one(at, index), tolerance)
-    return tasks
+        at = moments(read(len(proposals)), torch.stack([params for _, (params, _) in proposals]))
+        for index, (task, (params, theta)) in enumerate(proposals):
+            task.take(params, theta, at.of(index), tolerance)
+    return [
+        task
+        if task.objective <= start.objective
+        else replace(start, steps=task.steps, done=task.done)
+        for task, start in zip(tasks, uniform, strict=True)
+    ]

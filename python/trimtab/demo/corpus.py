@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "tasks")
 END = "<|end|>"
 
 # Per cent of the files; the held-out ones are for the NLL matrix and, apart from it, the tasks.
-_VALIDATION_PERCENT, _TASKS_PERCENT = 7, 12
+_VALIDATION_PERCENT, _TASKS_PERCENT = 7, 20
 _SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -232,8 +232,13 @@ def _code_lines(source: str, dropped: set[int]) -> str:
 
 
 def _clean_prose(text: str) -> str:
-    lines = (line.rstrip() for line in inspect.cleandoc(text).splitlines())
-    kept = [line for line in lines if not line.lstrip().startswith((">>>", "..."))]
+    """Without doctests, from the prompt to the blank line after the output; "" if hardly a text."""
+    kept: list[str] = []
+    in_doctest = False
+    for line in inspect.cleandoc(text).splitlines():
+        in_doctest = line.lstrip().startswith(">>>") or (in_doctest and bool(line.strip()))
+        if not in_doctest and (line.strip() or (kept and kept[-1])):
+            kept.append(line.rstrip())
     cleaned = "\n".join(kept).strip()
     return cleaned if len(cleaned.split()) >= 6 else ""
 

@@ -2,8 +2,8 @@
 
 An item is a position in a window of text: given everything before it, which of the options comes
 next? One forward pass serves every item of a window, and only the options' logits are made. The
-options of an item are equally frequent or equally often the answer, so that a model which knows no
-more than how often each token occurs stays near chance.
+options of an item are about equally frequent, or equally often the answer, so that a model which
+only knows how often each token occurs stays near chance.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.demo.corpus import EncodedCorpus, windows
+from trimtab.demo.corpus import DOMAINS, DemoError, EncodedCorpus, windows
 
-_FUNCTION_WORDS = tuple(
+_FUNCTION_WORDS = frozenset(
     " " + word
     for word in (
         "a an the this that of to in on at by for from with into as is are be was has have can may "
@@ -29,11 +29,22 @@ _FUNCTION_WORDS = tuple(
     ).split()
 )
 _CLOSING = (")", "]", "}")
-_CONTENT_WORD = re.compile(r" [a-z]{4,}")
-_IDENTIFIER = re.compile(r" ?[A-Za-z_]{3,}")
+_WORD = re.compile(r" [a-z]{4,}")
+_NAME = re.compile(r" ?[A-Za-z_]{3,}")
+_LEAST = 20  # times that a word or name stands in the training text
 _MIN_CONTEXT = 16  # tokens before an item
 _OPTIONS = 4
-_NEIGHBOURS = 12  # distractors are at most this many ranks of frequency away
+_NEIGHBOURS = 12  # the other options of an item are mostly within so many ranks of frequency
+_SAME = 32  # items with the same word or name as their answer
+_BRACKETS_CAP = 2  # items of a window with the same answer: tables of brackets are no test
+
+
+class Item(NamedTuple):
+    """A position in a window, and the options with the right one first."""
+
+    window: int
+    last: int  # last token that is seen
+    options: list[int]
 
 
 @dataclass(frozen=True)
@@ -64,38 +75,76 @@ class Task:
 
 
 def build_tasks(corpus: EncodedCorpus, context: int, n_windows: int, seed: int) -> list[Task]:
-    """The four tasks over the first `n_windows` windows of each domain's task split."""
-    makers = (
+    """The four tasks over at most `n_windows` windows of each domain's task split.
+
+    Raises:
+        DemoError: a task has no items, the text being too short.
+    """
+    texts = {domain: _Text(corpus, domain, context, n_windows, seed) for domain in DOMAINS}
+    makers: tuple[tuple[str, str, str, MakeItems], ...] = (
         ("word", "prose", "Which of four equally common words comes next?", _word_items),
         ("grammar", "prose", "Which of four function words comes next?", _grammar_items),
-        ("name", "code", "Which of four names, all in use above, comes next?", _name_items),
+        ("name", "code", "Which of four equally common names comes next?", _name_items),
         ("bracket", "code", "Which closing bracket comes next?", _bracket_items),
     )
     tasks = []
     for index, (name, domain, question, maker) in enumerate(makers):
-        tokens = corpus.splits["tasks"][domain]
-        ids = windows(tokens.ids, context)[:n_windows]
-        whole = windows(tokens.whole, context)[:n_windows]
         generator = np.random.default_rng([seed, index])
-        found = maker(corpus, ids, whole, generator)
-        tasks.append(_task(name, domain, question, ids, found, generator))
+        items = maker(texts[domain], generator)
+        if not items:
+            raise DemoError(f"the held-out text has no items for the task {name!r}; use more files.")
+        tasks.append(_task(name, domain, question, texts[domain].ids, items, generator))
     return tasks
 
 
 @torch.inference_mode()
 def measure(model: Any, tasks: list[Task], batch: int = 32) -> list[float]:
     """Accuracy of a Hugging Face causal LM on every task; windows that tasks share run once."""
-    by_rows: dict[str, Tensor] = {}
+    by_domain: dict[str, Tensor] = {}
     found = []
     for task in tasks:
-        if task.domain not in by_rows:
+        if task.domain not in by_domain:
             parts = [model.model(input_ids=r).last_hidden_state for r in task.rows.split(batch)]
-            by_rows[task.domain] = torch.cat(parts)
-        found.append(task.accuracy(by_rows[task.domain], model.lm_head.weight))
+            by_domain[task.domain] = torch.cat(parts)
+        found.append(task.accuracy(by_domain[task.domain], model.lm_head.weight))
     return found
 
 
-Item = tuple[int, int, list[int]]  # window, position of the last seen token, answer then distractors
+class _Text:
+    """The windows of one domain's task split that the tasks ask about."""
+
+    def __init__(
+        self, corpus: EncodedCorpus, domain: str, context: int, n_windows: int, seed: int
+    ) -> None:
+        tokens = corpus.splits["tasks"][domain]
+        ids, whole = windows(tokens.ids, context), windows(tokens.whole, context)
+        if domain == "code":  # the rarest bracket decides how many bracket items there are
+            rare = (ids == corpus.pieces.index(_CLOSING[-1])) & whole
+            is_last = ~rare[:, _MIN_CONTEXT:].any(axis=1)
+        else:
+            is_last = np.zeros(len(ids), dtype=bool)
+        order = np.random.default_rng(seed).permutation(len(ids))
+        order = order[np.argsort(is_last[order], kind="stable")]
+        kept = np.sort(order[:n_windows])
+        self.ids, self.whole = ids[kept], whole[kept]  # (S, T)
+        self.pieces = corpus.pieces
+        train = corpus.splits["train"][domain]
+        self.counts = np.bincount(train.ids[train.whole], minlength=len(corpus.pieces))  # (V,)
+
+    def places(self, wanted: list[int]) -> list[tuple[int, int]]:
+        """Where a whole piece out of `wanted` stands with enough context before it."""
+        mask = self.whole & np.isin(self.ids, wanted)
+        mask[:, :_MIN_CONTEXT] = False
+        return [(int(s), int(t)) for s, t in np.argwhere(mask)]
+
+    def by_frequency(self, pattern: re.Pattern[str]) -> list[int]:
+        """Tokens that match and are not rare, the most frequent in training first."""
+        order = np.argsort(-self.counts, kind="stable").tolist()
+        order = [token for token in order if self.counts[token] >= _LEAST]
+        return [token for token in order if pattern.fullmatch(self.pieces[token])]
+
+
+MakeItems = Callable[[_Text, np.random.Generator], list[Item]]
 
 
 def _task(
@@ -103,104 +152,87 @@ def _task(
     domain: str,
     question: str,
     ids: np.ndarray,
-    found: list[Item],
+    items: list[Item],
     generator: np.random.Generator,
 ) -> Task:
-    items = torch.tensor([item[:2] for item in found])
-    options = torch.tensor([item[2] for item in found])
-    order = torch.from_numpy(generator.permuted(np.tile(np.arange(options.shape[1]), (len(found), 1)), axis=1))
+    options = torch.tensor([item.options for item in items])
+    places = np.tile(np.arange(options.shape[1]), (len(items), 1))
+    order = torch.from_numpy(generator.permuted(places, axis=1))
+    where = torch.tensor([(item.window, item.last) for item in items])
     answers = (order == 0).long().argmax(1)
     rows = torch.from_numpy(ids.copy())
-    return Task(name, domain, question, rows, items, options.gather(1, order), answers)
+    return Task(name, domain, question, rows, where, options.gather(1, order), answers)
 
 
-def _positions(ids: np.ndarray, whole: np.ndarray, wanted: set[int]) -> list[tuple[int, int]]:
-    """Where a whole piece out of `wanted` stands with enough context before it."""
-    mask = whole & np.isin(ids, list(wanted))
-    mask[:, :_MIN_CONTEXT] = False
-    return [(int(s), int(t)) for s, t in np.argwhere(mask)]
+def _word_items(text: _Text, generator: np.random.Generator) -> list[Item]:
+    ranked = [t for t in text.by_frequency(_WORD) if text.pieces[t] not in _FUNCTION_WORDS]
+    return _equally_common(text, ranked, generator)
 
 
-def _word_items(
-    corpus: EncodedCorpus, ids: np.ndarray, whole: np.ndarray, generator: np.random.Generator
-) -> list[Item]:
-    train = corpus.splits["train"]["prose"]
-    counts = Counter(train.ids[train.whole].tolist())
-    function = {p.strip() for p in _FUNCTION_WORDS}
-    ranked = [
-        token
-        for token, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if n >= 20
-        and _CONTENT_WORD.fullmatch(corpus.pieces[token])
-        and corpus.pieces[token].strip() not in function
-    ]
+def _name_items(text: _Text, generator: np.random.Generator) -> list[Item]:
+    ranked = [t for t in text.by_frequency(_NAME) if not keyword.iskeyword(text.pieces[t].strip())]
+    return _equally_common(text, ranked, generator)
+
+
+def _equally_common(text: _Text, ranked: list[int], generator: np.random.Generator) -> list[Item]:
+    """Items whose options are neighbours in `ranked`, the most frequent first."""
     rank = {token: i for i, token in enumerate(ranked)}
-    items: list[Item] = []
-    for s, t in _positions(ids, whole, set(ranked)):
-        answer = int(ids[s, t])
+    items = []
+    for s, t in _capped(text, text.places(ranked), generator, lambda answer, _: (answer,), _SAME):
+        answer = int(text.ids[s, t])
         low = max(0, min(rank[answer] - _NEIGHBOURS, len(ranked) - 2 * _NEIGHBOURS - 1))
         near = [token for token in ranked[low : low + 2 * _NEIGHBOURS + 1] if token != answer]
-        items.append((s, t - 1, [answer, *_draw(near, _OPTIONS - 1, generator)]))
+        others = generator.choice(len(near), size=_OPTIONS - 1, replace=False)
+        items.append(Item(s, t - 1, [answer, *(near[i] for i in others)]))
     return items
 
 
-def _grammar_items(
-    corpus: EncodedCorpus, ids: np.ndarray, whole: np.ndarray, generator: np.random.Generator
-) -> list[Item]:
-    known = [token for token, piece in enumerate(corpus.pieces) if piece in _FUNCTION_WORDS]
-    places = _balanced(ids, _positions(ids, whole, set(known)), generator)
-    return [
-        (s, t - 1, [int(ids[s, t]), *_draw([k for k in known if k != ids[s, t]], _OPTIONS - 1, generator)])
-        for s, t in places
-    ]
-
-
-def _name_items(
-    corpus: EncodedCorpus, ids: np.ndarray, whole: np.ndarray, generator: np.random.Generator
-) -> list[Item]:
-    names = {
-        token
-        for token, piece in enumerate(corpus.pieces)
-        if _IDENTIFIER.fullmatch(piece) and not keyword.iskeyword(piece.strip())
-    }
-    items: list[Item] = []
-    for s, t in _balanced(ids, _positions(ids, whole, names), generator):
-        above = {int(i) for i, w in zip(ids[s, :t], whole[s, :t], strict=True) if w} & names
-        answer = int(ids[s, t])
-        others = sorted(above - {answer})
-        if answer in above and len(others) >= _OPTIONS - 1:
-            items.append((s, t - 1, [answer, *_draw(others, _OPTIONS - 1, generator)]))
+def _grammar_items(text: _Text, generator: np.random.Generator) -> list[Item]:
+    known = [token for token, piece in enumerate(text.pieces) if piece in _FUNCTION_WORDS]
+    places = text.places(known)
+    counts = Counter(int(text.ids[place]) for place in places)
+    cap = sorted(counts.values())[len(counts) // 2] if counts else 0
+    kept = _capped(text, places, generator, lambda answer, window: (answer,), cap)
+    # Drawn as often as they are the answer, the others are as likely for who sees no context.
+    pool = [int(text.ids[place]) for place in kept]
+    items = []
+    for place in kept:
+        options = [int(text.ids[place])]
+        while len(options) < min(_OPTIONS, len(counts)):
+            other = pool[generator.integers(len(pool))]
+            if other not in options:
+                options.append(other)
+        items.append(Item(place[0], place[1] - 1, options))
     return items
 
 
-def _bracket_items(
-    corpus: EncodedCorpus, ids: np.ndarray, whole: np.ndarray, generator: np.random.Generator
-) -> list[Item]:
-    closing = [corpus.pieces.index(sign) for sign in _CLOSING]
-    places = _balanced(ids, _positions(ids, whole, set(closing)), generator)
-    return [(s, t - 1, [int(ids[s, t]), *(c for c in closing if c != ids[s, t])]) for s, t in places]
+def _bracket_items(text: _Text, generator: np.random.Generator) -> list[Item]:
+    closing = [text.pieces.index(sign) for sign in _CLOSING]
+    places = text.places(closing)
+    places = _capped(text, places, generator, lambda answer, window: (answer, window), _BRACKETS_CAP)
+    counts = Counter(int(text.ids[place]) for place in places)
+    rarest = min(counts[sign] for sign in closing)
+    items = []
+    for s, t in _capped(text, places, generator, lambda answer, _: (answer,), rarest):
+        answer = int(text.ids[s, t])
+        items.append(Item(s, t - 1, [answer, *(sign for sign in closing if sign != answer)]))
+    return items
 
 
-def _balanced(
-    ids: np.ndarray, places: list[tuple[int, int]], generator: np.random.Generator
+def _capped(
+    text: _Text,
+    places: list[tuple[int, int]],
+    generator: np.random.Generator,
+    group: Callable[[int, int], tuple[int, ...]],
+    cap: int,
 ) -> list[tuple[int, int]]:
-    """Caps every answer at the count of the median one, so that no answer is worth guessing."""
-    counts = Counter(int(ids[place]) for place in places)
-    if not counts:
-        return []
-    cap = max(8, sorted(counts.values())[len(counts) // 2])
-    kept: list[tuple[int, int]] = []
-    used: Counter[int] = Counter()
+    """A random choice of places, at most `cap` of each group of (answer, window)."""
+    used: Counter[tuple[int, ...]] = Counter()
+    kept = []
     for index in generator.permutation(len(places)):
-        answer = int(ids[places[index]])
-        if used[answer] < cap:
-            used[answer] += 1
-            kept.append(places[index])
+        s, t = places[index]
+        key = group(int(text.ids[s, t]), s)
+        if used[key] < cap:
+            used[key] += 1
+            kept.append((s, t))
     return sorted(kept)
-
-
-def _draw(tokens: list[int], n: int, generator: np.random.Generator) -> list[int]:
-    return [tokens[i] for i in generator.choice(len(tokens), size=n, replace=False)]
-
-
-MakeItems = Callable[[EncodedCorpus, np.ndarray, np.ndarray, np.random.Generator], list[Item]]

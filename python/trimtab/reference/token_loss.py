@@ -79,7 +79,11 @@ def token_logp(
     logits = transform_logits(logits, logit_scale, softcap)
     if inv_temperature is not None:
         logits = logits * inv_temperature.unsqueeze(-1)
-    keep = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    keep = (
+        torch.ones_like(target, dtype=torch.bool)
+        if ignore_index is None
+        else target != ignore_index
+    )
     lse = torch.logsumexp(logits, -1)
     logp = torch.log_softmax(logits, -1)
     chosen = logp.gather(-1, target.where(keep, 0).unsqueeze(-1)).squeeze(-1)

@@ -143,7 +143,14 @@ def linear_cross_entropy(
     options = options or TokenLossOptions()
     chosen = choose("linear_cross_entropy", input.device.type, head.compute_dtype, impl).impl
     coefficients = token_coefficients(
-        head.target, token_weight, class_weight, count, reduction, normalizer, ignored, head.compute_dtype
+        head.target,
+        token_weight,
+        class_weight,
+        count,
+        reduction,
+        normalizer,
+        ignored,
+        head.compute_dtype,
     )
     loss_args = LossArguments(ignored, logit_scale, softcap_or_0, label_smoothing, lse_square_scale)
     if chosen == "reference":
@@ -164,7 +171,15 @@ def linear_cross_entropy(
         return coefficients.finish(loss, count)
     active = coefficients.active() if options.skip_zero_weight else None
     tokens = TokenLoss.apply(
-        head.input, head.weight, head.bias, head.target, active, class_weight, needs, loss_args, head_args
+        head.input,
+        head.weight,
+        head.bias,
+        head.target,
+        active,
+        class_weight,
+        needs,
+        loss_args,
+        head_args,
     )
     return reduce_tokens(tokens, coefficients, reduction, count, head.shape)
 
@@ -214,11 +229,17 @@ def cross_entropy(
     """
     inputs.check_floating("input", input)
     if input.dim() == 0:
-        raise inputs.bad("input", "of shape (C,), (N, C) or (N, C, d1, ...)", (), "pass rows of logits")
+        raise inputs.bad(
+            "input", "of shape (C,), (N, C) or (N, C, d1, ...)", (), "pass rows of logits"
+        )
     classes = input.shape[0] if input.dim() == 1 else input.shape[1]
     if classes == 0:
-        raise inputs.bad("input", "of at least one class", tuple(input.shape), "check the logits' shape")
-    inputs.check_target(target, input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:])
+        raise inputs.bad(
+            "input", "of at least one class", tuple(input.shape), "check the logits' shape"
+        )
+    inputs.check_target(
+        target, input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+    )
     inputs.check_devices(input, {"target": target})
     softcap_or_0 = inputs.check_scalars(
         label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale
@@ -231,7 +252,9 @@ def cross_entropy(
     coefficients = token_coefficients(
         flat, token_weight, class_weight, count, reduction, normalizer, ignore_index, input.dtype
     )
-    loss_args = LossArguments(ignore_index, logit_scale, softcap_or_0, label_smoothing, lse_square_scale)
+    loss_args = LossArguments(
+        ignore_index, logit_scale, softcap_or_0, label_smoothing, lse_square_scale
+    )
     if chosen == "reference":
         inputs.check_target_range(flat, ignore_index, classes)
         tokens = reference.token_loss(rows, flat, **loss_args.for_reference(class_weight))
@@ -377,7 +400,10 @@ def _choice_of_cross_entropy(arguments: dict[str, Any]) -> Choice:
 CHOICES = {
     "cross_entropy": (cross_entropy, _choice_of_cross_entropy),
     **{
-        function.__name__: (function, lambda arguments, op=function.__name__: inputs.choice_for_head(op, arguments))
+        function.__name__: (
+            function,
+            lambda arguments, op=function.__name__: inputs.choice_for_head(op, arguments),
+        )
         for function in (linear_cross_entropy, linear_logp, linear_logp_ratio)
     },
 }

@@ -42,14 +42,18 @@ def row_kernels(impl: str) -> Any:
     return token_loss
 
 
-def rows_per_chunk(rows: int, classes: int, itemsize: int, device: str, chunk_size: int | None) -> int:
+def rows_per_chunk(
+    rows: int, classes: int, itemsize: int, device: str, chunk_size: int | None
+) -> int:
     """Rows of logits in memory at a time, in chunks of nearly equal size.
 
     Each chunk reads and writes the head's gradient once, which its products have to outweigh. On a CPU
     with bfloat16 matrix units that took 1,024 rows (512 rows: 20 % slower at D 1024, V 32000).
     """
     if chunk_size is None:
-        chunk_size = 1024 if device == "cpu" else max(1024, _CUDA_CHUNK_BYTES // (classes * itemsize))
+        chunk_size = (
+            1024 if device == "cpu" else max(1024, _CUDA_CHUNK_BYTES // (classes * itemsize))
+        )
     steps = max(1, -(-rows // chunk_size))
     return max(1, -(-rows // steps))
 
@@ -84,7 +88,9 @@ def chunks(
     step = rows_per_chunk(count, classes, compute_dtype.itemsize, input.device.type, chunk_size)
     buffer = input.new_empty((min(step, count), classes), dtype=compute_dtype)
     for start in range(0, count, step):
-        picked = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
+        picked = (
+            slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
+        )
         part = input[picked].to(compute_dtype)
         logits = buffer[: part.shape[0]]
         if bias is None:
@@ -116,10 +122,13 @@ def linear_token_loss(
         scale = _power_of_two_below(coef)
         coef = coef / scale
     rows = active_rows(target, ignore_index, coef if skip_zero_coef else None)
-    gradients = HeadGradients(input, weight, bias, needs_grad, accum_dtype, compute_dtype, rows,
-                              kernels.accumulate)
+    gradients = HeadGradients(
+        input, weight, bias, needs_grad, accum_dtype, compute_dtype, rows, kernels.accumulate
+    )
     head = _cast(weight, compute_dtype)
-    for chunk in chunks(input, head, _cast(bias, compute_dtype), target, rows, chunk_size, compute_dtype):
+    for chunk in chunks(
+        input, head, _cast(bias, compute_dtype), target, rows, chunk_size, compute_dtype
+    ):
         part = loss.new_empty(chunk.target.shape)
         grad = chunk.logits if any(needs_grad) else None
         kernels.token_loss_rows(
@@ -145,10 +154,20 @@ def linear_token_logp(
     rows = active_rows(target, ignore_index, None)
     needs = [with_unit_grad, False, False]
     gradients = HeadGradients(
-        input, weight, bias, needs, torch.float32, compute_dtype, rows, kernels.accumulate, compute_dtype
+        input,
+        weight,
+        bias,
+        needs,
+        torch.float32,
+        compute_dtype,
+        rows,
+        kernels.accumulate,
+        compute_dtype,
     )
     head = _cast(weight, compute_dtype)
-    for chunk in chunks(input, head, _cast(bias, compute_dtype), target, rows, chunk_size, compute_dtype):
+    for chunk in chunks(
+        input, head, _cast(bias, compute_dtype), target, rows, chunk_size, compute_dtype
+    ):
         parts = [values.new_empty(chunk.target.shape) for values in (logp, entropy, lse, predicted)]
         kernels.token_logp_rows(
             chunk.logits, chunk.target, chunk.pick(inv_temperature), ignore_index, logit_scale, softcap,
@@ -173,10 +192,13 @@ def linear_token_logp_backward(
         scale = _power_of_two_below(*upstream)
         upstream = [None if grad is None else grad / scale for grad in upstream]
     rows = active_rows(target, ignore_index, None)
-    gradients = HeadGradients(input, weight, bias, needs_grad, accum_dtype, compute_dtype, rows,
-                              kernels.accumulate)
+    gradients = HeadGradients(
+        input, weight, bias, needs_grad, accum_dtype, compute_dtype, rows, kernels.accumulate
+    )
     head = _cast(weight, compute_dtype)
-    for chunk in chunks(input, head, _cast(bias, compute_dtype), target, rows, chunk_size, compute_dtype):
+    for chunk in chunks(
+        input, head, _cast(bias, compute_dtype), target, rows, chunk_size, compute_dtype
+    ):
         kernels.token_logp_rows_backward(
             chunk.logits, chunk.target, chunk.pick(inv_temperature), ignore_index, logit_scale, softcap,
             *(chunk.pick(grad) for grad in upstream), chunk.logits,

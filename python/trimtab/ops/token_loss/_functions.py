@@ -54,8 +54,12 @@ def through_reference(
     outputs: Any, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], upstream: Any
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, from the oracle, at eager cost."""
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
+    wanted = [
+        tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None
+    ]
+    found = iter(
+        torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True)
+    )
     return [next(found) if need else None for need in needs]
 
 
@@ -68,7 +72,9 @@ class WeightedLoss(torch.autograd.Function):
     """``sum_t coef_t * l_t`` as one number, with its gradients made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, coef, target, class_weight, needs, skip, loss_args, head_args):
+    def forward(
+        ctx, input, weight, bias, coef, target, class_weight, needs, skip, loss_args, head_args
+    ):
         """One product for the loss and one for each gradient that is needed."""
         loss, *grads, scale = torch.ops.trimtab.linear_token_loss.default(
             input, weight, bias, target, coef, class_weight, *loss_args, needs[:3], skip, *head_args
@@ -84,12 +90,18 @@ class WeightedLoss(torch.autograd.Function):
         input, weight, bias, coef, target, class_weight, loss, *grads, scale = ctx.saved_tensors
         if wants_double_backward():
             logits = _logits(input, weight, bias, ctx.compute_dtype)
-            tokens = reference.token_loss(logits, target, **ctx.loss_args.for_reference(class_weight))
+            tokens = reference.token_loss(
+                logits, target, **ctx.loss_args.for_reference(class_weight)
+            )
             inputs = (input, weight, bias, coef)
-            return (*through_reference((coef * tokens).sum(), inputs, ctx.needs, upstream), *[None] * 6)
+            return (
+                *through_reference((coef * tokens).sum(), inputs, ctx.needs, upstream),
+                *[None] * 6,
+            )
         factor = upstream * scale if ctx.compute_dtype == torch.float16 else upstream
         outputs = [
-            _scaled(grad, factor) if need else None for grad, need in zip(grads, ctx.needs[:3], strict=True)
+            _scaled(grad, factor) if need else None
+            for grad, need in zip(grads, ctx.needs[:3], strict=True)
         ]
         return (*outputs, upstream * loss if ctx.needs[3] else None, *[None] * 6)
 
@@ -107,7 +119,9 @@ class TokenLoss(torch.autograd.Function):
     """``l_t`` per token, for upstream gradients that only backward knows."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, active, class_weight, needs, loss_args, head_args):
+    def forward(
+        ctx, input, weight, bias, target, active, class_weight, needs, loss_args, head_args
+    ):
         """One product; with the head frozen two, and no more in backward."""
         ctx.head_is_frozen = needs[0] and not (needs[1] or needs[2])
         loss, unit, *_ = torch.ops.trimtab.linear_token_loss.default(
@@ -124,8 +138,13 @@ class TokenLoss(torch.autograd.Function):
         input, weight, bias, target, class_weight, unit = ctx.saved_tensors
         if wants_double_backward():
             logits = _logits(input, weight, bias, ctx.head_args.compute_dtype)
-            tokens = reference.token_loss(logits, target, **ctx.loss_args.for_reference(class_weight))
-            return (*through_reference(tokens, (input, weight, bias), ctx.needs, upstream), *[None] * 6)
+            tokens = reference.token_loss(
+                logits, target, **ctx.loss_args.for_reference(class_weight)
+            )
+            return (
+                *through_reference(tokens, (input, weight, bias), ctx.needs, upstream),
+                *[None] * 6,
+            )
         if ctx.head_is_frozen:
             return (_scale_rows(unit, upstream, target, ctx.loss_args.ignore_index), *[None] * 8)
         _, *grads, scale = torch.ops.trimtab.linear_token_loss.default(
@@ -134,7 +153,10 @@ class TokenLoss(torch.autograd.Function):
         )  # fmt: skip
         if ctx.head_args.compute_dtype == torch.float16:
             grads = [grad.mul_(scale) for grad in grads]
-        return (*(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)), *[None] * 6)
+        return (
+            *(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)),
+            *[None] * 6,
+        )
 
 
 def _scale_rows(rows: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -161,7 +183,9 @@ class RowLoss(torch.autograd.Function):
         """One read of the logits and one write of their gradient."""
         logits, target, class_weight = ctx.saved_tensors
         if wants_double_backward():
-            tokens = reference.token_loss(logits, target, **ctx.loss_args.for_reference(class_weight))
+            tokens = reference.token_loss(
+                logits, target, **ctx.loss_args.for_reference(class_weight)
+            )
             return (*through_reference(tokens, (logits,), (True,), upstream), *[None] * 4)
         _, grad = torch.ops.trimtab.token_loss.default(
             logits, target, upstream.contiguous(), class_weight, *ctx.loss_args, True, ctx.impl
@@ -191,7 +215,10 @@ class LinearLogp(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy, grad_lse, _):
         """One product more than the gradients needed; none for ``logp`` alone with the head frozen."""
         input, weight, bias, target, inv_temperature, unit = ctx.saved_tensors
-        upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy, grad_lse)]
+        upstream = [
+            None if grad is None else grad.contiguous()
+            for grad in (grad_logp, grad_entropy, grad_lse)
+        ]
         if wants_double_backward():
             ignore_index, logit_scale, softcap = ctx.transform
             outputs = reference.token_logp(
@@ -199,13 +226,29 @@ class LinearLogp(torch.autograd.Function):
                 inv_temperature=inv_temperature, ignore_index=ignore_index, logit_scale=logit_scale,
                 softcap=softcap or None,
             )[:3]  # fmt: skip
-            used = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None]
+            used = [
+                (out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None
+            ]
             outputs, upstream = zip(*used, strict=True)
-            return (*through_reference(outputs, (input, weight, bias), ctx.needs, upstream), *[None] * 5)
+            return (
+                *through_reference(outputs, (input, weight, bias), ctx.needs, upstream),
+                *[None] * 5,
+            )
         if ctx.head_is_frozen and grad_entropy is None and grad_lse is None:
             grad = _scale_rows(unit, grad_logp, target, ctx.transform[0])
             return (grad.to(input.dtype), *[None] * 7)
         grads = torch.ops.trimtab.linear_token_logp_backward.default(
-            input, weight, bias, target, inv_temperature, *ctx.transform, *upstream, ctx.needs, *ctx.head_args
+            input,
+            weight,
+            bias,
+            target,
+            inv_temperature,
+            *ctx.transform,
+            *upstream,
+            ctx.needs,
+            *ctx.head_args,
         )
-        return (*(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)), *[None] * 5)
+        return (
+            *(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)),
+            *[None] * 5,
+        )

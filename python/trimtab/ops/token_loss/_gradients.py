@@ -31,14 +31,21 @@ class HeadGradients:
         accumulate: Callable[[Tensor | None, Tensor, Tensor], None],
         input_dtype: torch.dtype | None = None,
     ) -> None:
-        self.accumulate = accumulate
         needs_input, needs_weight, needs_bias = needs_grad
         self.compute_dtype = compute_dtype
         self.accum_dtype = torch.promote_types(accum_dtype, compute_dtype)
+        # The kernels add in float32; any wider sum is torch's.
+        self.accumulate = _accumulate if self.accum_dtype == torch.float64 else accumulate
         # Every row is written once when all are active; the others keep their zeros.
         new_input = input.new_empty if rows is None else input.new_zeros
-        self.input = new_input(input.shape if needs_input else (0,), dtype=input_dtype or input.dtype)
-        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty((0,))
+        self.input = new_input(
+            input.shape if needs_input else (0,), dtype=input_dtype or input.dtype
+        )
+        self.weight = (
+            torch.empty_like(weight, memory_format=torch.contiguous_format)
+            if needs_weight
+            else weight.new_empty((0,))
+        )
         bias_like = input if bias is None else bias
         self.bias = bias_like.new_empty((weight.shape[0],) if needs_bias else (0,))
         self.needs_grad = needs_grad
@@ -122,3 +129,7 @@ class HeadGradients:
             part = buffer[: here.stop - here.start]
             torch.mm(grad_logits[:, here].t(), input, out=part)
             self.accumulate(None if previous is None else previous[here], part, self.sum[here])
+
+
+def _accumulate(previous: Tensor | None, part: Tensor, out: Tensor) -> None:
+    out.copy_(part) if previous is None else torch.add(previous, part, out=out)

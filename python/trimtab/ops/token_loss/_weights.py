@@ -45,7 +45,9 @@ def token_coefficients(
     valid = target != ignore_index
     weights = None
     if token_weight is not None:
-        weights = token_weight.to(dtype).reshape(target.shape if count is None else (count, target.numel()))
+        weights = token_weight.to(dtype).reshape(
+            target.shape if count is None else (count, target.numel())
+        )
         weights = torch.where(valid, weights, 0.0)
     if reduction == "none":
         return Coefficients(weights, None)
@@ -90,5 +92,5 @@ def reduce_tokens(
     leading = () if count is None else (count,)
     if reduction == "none":
         weighted = tokens if coefficients.values is None else coefficients.values * tokens
-        return weighted.reshape(*leading, *shape)
+        return weighted.reshape((*leading, *shape))
     return coefficients.finish((coefficients.values * tokens).sum(-1), count)

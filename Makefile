@@ -1,0 +1,104 @@
+# Needs Python 3.10 or newer with venv, g++ and make; the rest is installed into .venv.
+#   PYTHON         interpreter that makes .venv; `gpu` runs in it  (python3)
+#   TORCH          the torch to install                            (torch==2.13.0)
+#   TRIMTAB_BUILD  auto, python, native or cuda: see setup.py      (auto)
+#   FAMILY         one kernel family, for bench and gpu            (all)
+#   ARGS           more arguments for the demo or for pytest
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRIMTAB_BUILD ?= auto
+FAMILY ?=
+ARGS ?=
+export TRIMTAB_BUILD
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq
+PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+CSRC := $(shell find csrc -type f)
+CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC))
+FAMILIES := $(or $(FAMILY),$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py)))
+
+# Stamps. Those that depend on a variable carry its value, so that another value is not ignored.
+TORCHED := $(VENV)/.torch-$(subst /,_,$(TORCH))
+REQUIRED := $(VENV)/.required
+BUILT := $(VENV)/.built-$(TRIMTAB_BUILD)
+ON_GPU := PYTHONPATH=build/gpu $(PYTHON)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint format bench gpu clean $(FAMILIES:%=bench-%)
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@sed -n '2,6s/^#//p' $(MAKEFILE_LIST)
+
+build: $(BUILT)  ## the environment and the compiled libraries; compiles only what changed
+
+demo: $(BUILT)  ## the algorithms on real text, with tables and pictures in trimtab-demo/
+	@$(BIN)/python -m trimtab demo $(ARGS)
+
+test: $(BUILT)  ## the whole test suite
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(REQUIRED)  ## ruff, mypy, clang-format
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: $(REQUIRED)  ## rewrites the sources in the project's style
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+	@$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+bench: $(FAMILIES:%=bench-%)  ## the benchmark suites, ours beside the peers', into bench/results/
+
+$(FAMILIES:%=bench-%): bench-%: $(BUILT) $(VENV)/.peers
+	@mkdir -p build
+	@$(BIN)/pytest --timeout=0 bench/bench_$*.py --benchmark-json=build/bench-$*.json $(ARGS)
+	@$(BIN)/python bench/report.py build/bench-$*.json
+
+gpu: $(FAMILIES:%=build/gpu-%.done)  ## tests and benchmarks on CUDA, with the torch of PYTHON
+
+# A family that has passed since the last change is not run again, so that a broken-off run goes on.
+build/gpu-%.done: build/gpu/.built $(wildcard tests/*.py bench/*.py)
+	@$(ON_GPU) -m pytest -m gpu tests/test_$**.py $(ARGS)
+	@$(ON_GPU) -m pytest --timeout=0 bench/bench_$*.py --benchmark-json=build/gpu-$*.json $(ARGS)
+	@$(ON_GPU) bench/report.py build/gpu-$*.json
+	@touch $@
+
+clean:  ## removes what was built; .venv stays
+	rm -rf build dist *.egg-info python/trimtab/*.so python/trimtab/_build_info.json
+	rm -f $(VENV)/.built-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(TORCHED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo 'trimtab needs Python 3.10 or newer: make PYTHON=python3.X'; exit 1; }
+	@echo 'installing $(TORCH) into $(VENV): the longest step, once'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) '$(TORCH)'
+	@rm -f $(VENV)/.torch-* && touch $@
+
+$(REQUIRED): $(TORCHED) requirements-dev.txt
+	@echo 'installing requirements-dev.txt'
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# Torch and Triton are there already; the peers' other requirements are not used here.
+$(VENV)/.peers: $(REQUIRED) Makefile
+	@$(PIP) --no-deps $(PEERS)
+	@touch $@
+
+$(BUILT): $(REQUIRED) setup.py pyproject.toml $(CSRC)
+	@echo 'building trimtab (TRIMTAB_BUILD=$(TRIMTAB_BUILD))'
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.built-* && touch $@
+
+build/gpu/.built: setup.py pyproject.toml $(CSRC) $(shell find python triton_kernels -name '*.py')
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo 'make gpu needs a CUDA device and a torch that sees it in $(PYTHON)'; exit 1; }
+	@$(PYTHON) -m pip install -qq --upgrade --no-deps --no-build-isolation --target build/gpu .
+	@touch $@

@@ -1,0 +1,69 @@
+"""Token loss: ours beside eager PyTorch, its chunked form, Liger, CCE and QuACK, and the products alone.
+
+    pytest bench/bench_token_loss.py --benchmark-json=build/bench-token_loss.json [--quick | --full]
+    python bench/report.py build/bench-token_loss.json
+
+All contenders of a case are measured in one race (``measure.race``), when the first test of the case asks for
+it. pytest-benchmark then gets each contender's rounds through a clock that replays them
+(``measure.ReplayClock``), so that its tables and its JSON show the interleaved measurement.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases_token_loss import Case, cases, make_inputs, sample, truth
+from measure import Effort, Outcome, ReplayClock, Task, against_floor, race, summary
+from providers_token_loss import EAGER, FLOOR, PROVIDERS, Provider
+
+CLOCK = ReplayClock()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("--quick")
+    pairs = [(case, provider) for case in cases(DEVICE, quick=quick) for provider in PROVIDERS]
+    ids = [f"{case.id}-{provider.name.replace(' ', '_')}" for case, provider in pairs]
+    metafunc.parametrize(("case", "provider"), pairs, ids=ids)
+
+
+def run_race(case: Case, providers: list[Provider], effort: Effort) -> dict[str, Outcome]:
+    """Measure the case. The floor and eager always take part: the others are judged by them."""
+    inputs, tiny = make_inputs(case), make_inputs(case._replace(rows=16, width=32, classes=64))
+    task = Task(
+        inputs,
+        tiny,
+        truth(case, inputs),
+        lambda outputs: sample(case, inputs, outputs),
+        case.dtype,
+        case.device,
+    )
+    taking_part = [p for p in PROVIDERS if p in providers or p.name in (FLOOR, EAGER)]
+    contenders = {p.name: p.contender(case) for p in taking_part}
+    return race(task, contenders.pop(EAGER), list(contenders.values()), effort)
+
+
+# A case's first test measures all of its contenders, which may take minutes.
+@pytest.mark.timeout(1800)
+@pytest.mark.benchmark(timer=CLOCK.now)
+def test_token_loss(benchmark, case, provider, races, leave_out):
+    reason = provider.reason(case, races.full)
+    if reason is not None:
+        leave_out(case, provider.name, "not run", reason)
+        pytest.skip(reason)
+    outcomes = races.of(case, run_race, lambda other: other.reason(case, races.full) is None)
+    outcome = outcomes[provider.name]
+    if outcome.status != "timed":
+        leave_out(case, provider.name, outcome.status, outcome.reason)
+        benchmark.skipped = True
+        # A wrong peer is a result; a wrong kernel of ours is a bug.
+        verdict = pytest.fail if provider.impl else pytest.xfail
+        verdict(f"{outcome.status}: {outcome.reason}")
+    floor = outcomes[FLOOR]
+    row = {**case.describe(), "provider": provider.name, "impl": provider.impl, **summary(outcome)}
+    floor_ms = summary(floor)["p50_ms"] if floor.status == "timed" else None
+    row |= against_floor(row, floor_ms, case.flop, case.bytes)
+    benchmark.extra_info.update(row, **races.header)
+    benchmark.group = case.id
+    CLOCK.load(outcome.seconds)
+    benchmark.pedantic(CLOCK.spend, rounds=len(outcome.seconds))

@@ -1,0 +1,184 @@
+"""Pictures of the result rows: time and memory over shape, and everybody's distance from the floor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+FLOOR = "products alone"
+AXES = {"token_loss": ("N", "D", "V")}
+# Ours in one hue, told apart by the marker; the floor is a line without one.
+_OURS = {"trimtab native": "o", "trimtab triton": "s", "trimtab reference": "v"}
+_OURS_COLOUR = "#c1440e"
+_OTHERS = ("#1f4e79", "#3a7d44", "#7b5ea7", "#8c7a3d", "#4f9da6", "#6b6b6b", "#b0578d")
+_MARKERS = "^DPX<>*"
+
+
+def draw(rows: Sequence[Row], folder: Path, family: str, machine: str) -> list[Path]:
+    """Write the pictures that these rows allow, and return their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same rows give the same file.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "trimtab", "font.size": 9, "axes.grid": True,
+                "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    with matplotlib.rc_context(settings):
+        written = []
+        over_shape = list(sweeps(rows))
+        if over_shape:
+            for field, label, name in (
+                ("p50_ms", "ms", "time"), ("extra_mib", "MiB beyond inputs and gradients", "memory"),
+            ):  # fmt: skip
+                path = folder / f"{family}-{name}.svg"
+                _draw_sweeps(over_shape, field, label, AXES[family], f"{name} on {machine}", path)
+                written.append(path)
+        against = bars(rows)
+        if against:
+            written.append(folder / f"{family}-floor.svg")
+            _draw_bars(against, f"time over the floor on {machine}", written[-1])
+    return written
+
+
+def sweeps(rows: Sequence[Row], least: int = 3) -> Iterator[tuple[int, str, list[Row]]]:
+    """Rows that differ in one dimension alone: ``(dimension, title, rows)``."""
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        for axis in range(len(row["shape"])):
+            rest = tuple(None if i == axis else size for i, size in enumerate(row["shape"]))
+            groups[axis, row["op"], row["mode"], row["dtype"], row["threads"], rest].append(row)
+    for (axis, op, mode, dtype, _, rest), group in sorted(
+        groups.items(), key=lambda item: str(item[0])
+    ):
+        if len({row["shape"][axis] for row in group}) >= least:
+            names = AXES[group[0]["family"]]
+            fixed = ", ".join(
+                f"{names[i]} {size}" for i, size in enumerate(rest) if size is not None
+            )
+            yield axis, f"{op}, {mode}, {dtype}\n{fixed}", group
+
+
+def bars(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Time over the floor by case and provider, for the largest shape of every mode and dtype."""
+    largest: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        key = (row["mode"], row["dtype"])
+        # The shape that most modes share comes first in the suite and has the widest hidden size.
+        largest[key] = max(
+            largest.get(key, [0, 0, 0]), row["shape"], key=lambda s: (s[1], s[0], s[2])
+        )
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        is_floor = row["provider"] == FLOOR
+        if (
+            row["shape"] == largest[row["mode"], row["dtype"]]
+            and row["over_floor"]
+            and not is_floor
+        ):
+            found[f"{row['mode']}, {row['dtype']}"][row["provider"]] = row["over_floor"]
+    return dict(found)
+
+
+def _styles(providers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Line styles by name, the same in every panel of a picture."""
+    styles: dict[str, dict[str, Any]] = {}
+    others = [
+        name for name in providers if name not in _OURS and name != FLOOR and "trimtab" not in name
+    ]
+    for name in providers:
+        if name == FLOOR:
+            styles[name] = {"color": "black", "linestyle": "--", "linewidth": 1}
+        elif name in others:
+            i = others.index(name)
+            styles[name] = {
+                "color": _OTHERS[i % len(_OTHERS)],
+                "marker": _MARKERS[i % len(_MARKERS)],
+            }
+        else:
+            styles[name] = {"color": _OURS_COLOUR, "marker": _OURS.get(name, "d"), "linewidth": 2}
+    return styles
+
+
+def _draw_sweeps(
+    found: Sequence[tuple[int, str, list[Row]]],
+    field: str,
+    label: str,
+    names: Sequence[str],
+    title: str,
+    path: Path,
+) -> None:
+    from matplotlib import pyplot as plt
+
+    providers = list(dict.fromkeys(row["provider"] for _, _, group in found for row in group))
+    styles = _styles(sorted(providers, key=lambda name: ("trimtab" not in name, name)))
+    figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False)
+    for panel, (axis, panel_title, group) in zip(panels[0], found, strict=True):
+        for name, style in styles.items():
+            points = sorted((row["shape"][axis], row[field]) for row in group
+                            if row["provider"] == name and row[field])  # fmt: skip
+            if points:
+                panel.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
+        sizes = sorted({row["shape"][axis] for row in group})
+        panel.set(xscale="log", yscale="log", xlabel=names[axis], ylabel=label)
+        panel.set_xticks(sizes, [str(size) for size in sizes], rotation=30)
+        panel.minorticks_off()
+        panel.set_title(panel_title, fontsize=9)
+    handles = {
+        text: line
+        for panel in panels[0]
+        for line, text in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
+    figure.suptitle(title, fontsize=10)
+    figure.set_layout_engine("constrained")
+    _save(figure, path)
+
+
+def _draw_bars(against: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    providers = sorted({name for values in against.values() for name in values},
+                       key=lambda name: ("trimtab" not in name, name))  # fmt: skip
+    styles = _styles(providers)
+    lines = sum(len(values) + 1 for values in against.values())
+    figure, panel = plt.subplots(figsize=(7, 0.8 + 0.17 * lines), layout="constrained")
+    place, ticks = 0.0, []
+    for case, values in against.items():
+        shown = [name for name in providers if name in values]
+        ticks.append((place + (len(shown) - 1) / 2, case))
+        for name in shown:
+            colour = styles[name]["color"]
+            hatch = "///" if name == "trimtab reference" else None
+            panel.barh(
+                place,
+                values[name],
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                height=0.9,
+                label=name,
+            )
+            panel.text(values[name] * 1.02, place, f"{values[name]:.2f}", va="center", fontsize=7)
+            place += 1
+        place += 1
+    panel.axvline(1.0, color="black", linestyle="--", linewidth=1)
+    panel.set(xscale="log", xlabel="time over the floor", title=title)
+    panel.set_yticks(*zip(*ticks, strict=True))
+    panel.invert_yaxis()
+    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False
+    )
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,158 @@
+"""What must be reached, as one table, and how it is read off the result rows.
+
+A target compares rows of one run only: machines and loads differ from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+BASE = (2048, 1024, 32000)
+LLAMA = (8192, 4096, 128256)
+
+
+class Target(NamedTuple):
+    """One limit for ours in one case."""
+
+    machine: str  # begins the machine's name, or the device type
+    op: str
+    mode: str
+    dtype: str
+    shape: tuple[int, int, int]
+    quantity: str
+    limit: float
+    provider: str | None = None  # None: the fastest of ours
+    family: str = "token_loss"
+
+
+class Verdict(NamedTuple):
+    """A target and what was measured; None where a row that it needs is missing."""
+
+    target: Target
+    provider: str | None
+    value: float | None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.value is None else self.value <= self.target.limit
+
+
+TIME_OVER_PRODUCTS = "time over the products alone"
+TIME_OVER_EAGER = "time over eager's"
+TIME_OVER_ALL_TOKENS = "time over that with every token"
+MEMORY_OVER_EAGER = "extra memory beyond a float32 accumulator, over eager's"
+ERROR_OVER_EAGER = "largest error over eager's"
+MILLISECONDS = "ms"
+EXTRA_GIB = "GiB beyond inputs and gradients"
+
+_LCE = "linear_cross_entropy"
+_BF16_ACCUMULATION = "trimtab triton, bf16 accumulation"
+
+TARGETS = (
+    Target("cpu", _LCE, "weighted", "bfloat16", BASE, TIME_OVER_PRODUCTS, 1.10),
+    Target("cpu", _LCE, "weighted", "bfloat16", BASE, TIME_OVER_EAGER, 1.0),
+    Target("cpu", _LCE, "weighted", "bfloat16", BASE, MEMORY_OVER_EAGER, 0.25),
+    Target("cpu", _LCE, "weighted", "bfloat16", BASE, ERROR_OVER_EAGER, 1.0),
+    Target("cpu", _LCE, "weighted", "float32", BASE, TIME_OVER_PRODUCTS, 1.10),
+    Target("cpu", _LCE, "none", "bfloat16", BASE, TIME_OVER_PRODUCTS, 1.10),
+    Target("cpu", _LCE, "none", "float32", BASE, TIME_OVER_PRODUCTS, 1.10),
+    Target("cpu", _LCE, "half", "bfloat16", BASE, TIME_OVER_ALL_TOKENS, 0.6),
+    Target("cpu", _LCE, "half", "float32", BASE, TIME_OVER_ALL_TOKENS, 0.6),
+    Target("cpu", _LCE, "frozen", "bfloat16", BASE, TIME_OVER_PRODUCTS, 1.15),
+    Target("cpu", _LCE, "frozen", "float32", BASE, TIME_OVER_PRODUCTS, 1.15),
+    Target("h200", _LCE, "weighted", "bfloat16", LLAMA, MILLISECONDS, 36.5),
+    Target("h200", _LCE, "weighted", "bfloat16", LLAMA, EXTRA_GIB, 2.6),
+    Target("h200", _LCE, "weighted", "bfloat16", LLAMA, EXTRA_GIB, 0.6, _BF16_ACCUMULATION),
+    Target("h200", _LCE, "weighted", "bfloat16", (8192, 2304, 256000), MILLISECONDS, 42.5),
+    Target("h200", _LCE, "frozen", "bfloat16", LLAMA, MILLISECONDS, 25.0),
+    Target("h200", "linear_logp", "logp", "bfloat16", LLAMA, MILLISECONDS, 13.0),
+)
+
+
+def verdicts(rows: Sequence[Row], machine: str) -> list[Verdict]:
+    """Every target for this machine, with what its rows say."""
+    device = {row["device"] for row in rows}
+    return [
+        Verdict(target, *_read(target, rows))
+        for target in TARGETS
+        if machine.startswith(target.machine) or target.machine in device
+    ]
+
+
+def is_ours(row: Row) -> bool:
+    """Whether the row is a fast implementation of ours, with its defaults."""
+    return row["impl"] not in (None, "reference") and "," not in row["provider"]
+
+
+def _read(target: Target, rows: Sequence[Row]) -> tuple[str | None, float | None]:
+    case = [row for row in rows if _is_case(row, target, target.mode)]
+    ours = [row for row in case if _is_wanted(row, target)]
+    if not ours:
+        return None, None
+    best = min(ours, key=lambda row: row["p50_ms"])
+    same_run = [row for row in rows if row["run"] == best["run"]]
+    return best["provider"], _QUANTITIES[target.quantity](best, same_run, target)
+
+
+def _is_case(row: Row, target: Target, mode: str) -> bool:
+    wanted = (target.family, target.op, mode, target.dtype, list(target.shape))
+    return (row["family"], row["op"], row["mode"], row["dtype"], row["shape"]) == wanted
+
+
+def _is_wanted(row: Row, target: Target) -> bool:
+    return is_ours(row) if target.provider is None else row["provider"] == target.provider
+
+
+def _other(
+    rows: Sequence[Row], target: Target, provider: str, mode: str | None = None
+) -> Row | None:
+    found = [
+        row
+        for row in rows
+        if _is_case(row, target, mode or target.mode) and row["provider"] == provider
+    ]
+    return found[0] if found else None
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
+
+
+def _over_eager(field: str) -> Callable[[Row, Sequence[Row], Target], float | None]:
+    def read(row: Row, rows: Sequence[Row], target: Target) -> float | None:
+        eager = _other(rows, target, "eager")
+        return None if eager is None else _ratio(row[field], eager[field])
+
+    return read
+
+
+def _memory_over_eager(row: Row, rows: Sequence[Row], target: Target) -> float | None:
+    eager = _other(rows, target, "eager")
+    if eager is None or row["extra_mib"] is None:
+        return None
+    _, width, classes = target.shape
+    accumulator = 4 * width * classes / 2**20
+    return _ratio(max(0.0, row["extra_mib"] - accumulator), eager["extra_mib"])
+
+
+def _over_all_tokens(row: Row, rows: Sequence[Row], target: Target) -> float | None:
+    full = _other(rows, target, row["provider"], "weighted")
+    return None if full is None else _ratio(row["p50_ms"], full["p50_ms"])
+
+
+def _gib(row: Row, rows: Sequence[Row], target: Target) -> float | None:
+    return None if row["extra_mib"] is None else row["extra_mib"] / 1024
+
+
+_QUANTITIES: dict[str, Callable[[Row, Sequence[Row], Target], float | None]] = {
+    TIME_OVER_PRODUCTS: lambda row, rows, target: row["over_floor"],
+    TIME_OVER_EAGER: _over_eager("p50_ms"),
+    TIME_OVER_ALL_TOKENS: _over_all_tokens,
+    MEMORY_OVER_EAGER: _memory_over_eager,
+    ERROR_OVER_EAGER: _over_eager("max_err"),
+    MILLISECONDS: lambda row, rows, target: row["p50_ms"],
+    EXTRA_GIB: _gib,
+}

@@ -1,0 +1,173 @@
+// Vectors of the width that this file is compiled for, by the vector extensions of GCC and Clang.
+//
+// Every instruction set compiles its own copy, in a namespace of its own: an inline function that two of them
+// shared would be kept once by the linker, and the wrong one could run on an older processor.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#if defined(__AVX512F__)
+#define TRIMTAB_ISA avx512
+#define TRIMTAB_WIDTH 16
+#elif defined(__AVX2__)
+#define TRIMTAB_ISA avx2
+#define TRIMTAB_WIDTH 8
+#else
+#define TRIMTAB_ISA generic
+#define TRIMTAB_WIDTH 4
+#endif
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace trimtab {
+namespace TRIMTAB_ISA {
+
+typedef float FloatVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
+typedef int32_t IntVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
+typedef uint32_t UintVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
+typedef uint16_t ShortVector __attribute__((vector_size(2 * TRIMTAB_WIDTH)));
+
+template <class To, class From>
+inline To bits_of(From from) {
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// float: a vector. double: one number at a time, for checks against the oracle rather than for speed.
+template <class Real>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Vector = FloatVector;
+  using Mask = IntVector;
+  static constexpr int64_t width = TRIMTAB_WIDTH;
+
+  static Vector spread(float x) { return x - Vector{}; }
+  static Mask all() { return Mask{} == Mask{}; }
+  static Mask first(int64_t count) {
+    Mask mask;
+    for (int lane = 0; lane < width; ++lane) mask[lane] = lane < count ? -1 : 0;
+    return mask;
+  }
+  static Vector choose(Mask mask, Vector yes, Vector no) { return mask ? yes : no; }
+
+  static Vector load(const float* p) {
+    Vector x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static Vector load(const BFloat16* p) {
+    ShortVector bits;
+    memcpy(&bits, p, sizeof(bits));
+    return bits_of<Vector>(__builtin_convertvector(bits, UintVector) << 16);
+  }
+  static Vector load(const Float16* p) {
+#if TRIMTAB_WIDTH == 16
+    return bits_of<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return bits_of<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    Vector x;
+    for (int lane = 0; lane < width; ++lane) x[lane] = to_real(p[lane]);
+    return x;
+#endif
+  }
+
+  static void store(float* p, Vector x) { memcpy(p, &x, sizeof(x)); }
+  static void store(BFloat16* p, Vector x) {
+    const UintVector bits = bits_of<UintVector>(x);
+    const UintVector rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const UintVector kept = x == x ? rounded : UintVector{} + 0x7fc0;
+    const ShortVector narrow = __builtin_convertvector(kept, ShortVector);
+    memcpy(p, &narrow, sizeof(narrow));
+  }
+  static void store(Float16* p, Vector x) {
+#if TRIMTAB_WIDTH == 16
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bits_of<__m512>(x), 0));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bits_of<__m256>(x), 0));
+#else
+    for (int lane = 0; lane < width; ++lane) p[lane] = from_real<Float16>(x[lane]);
+#endif
+  }
+
+  static float sum(Vector x) {
+    float parts[width];
+    store(parts, x);
+    for (int64_t half = width / 2; half > 0; half /= 2)
+      for (int64_t lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
+    return parts[0];
+  }
+  static float maximum(Vector x) {
+    float best = x[0];
+    for (int lane = 1; lane < width; ++lane) best = x[lane] > best ? x[lane] : best;
+    return best;
+  }
+
+  // exp(r) - 1 for |r| <= ln(2) / 2, by the polynomial of Cephes' expf.
+  static Vector expm1_reduced(Vector r) {
+    Vector q = spread(1.9875691500e-4f);
+    q = q * r + 1.3981999507e-3f;
+    q = q * r + 8.3334519073e-3f;
+    q = q * r + 4.1665795894e-2f;
+    q = q * r + 1.6666665459e-1f;
+    q = q * r + 5.0000001201e-1f;
+    return q * (r * r) + r;
+  }
+  // x = n ln(2) + r. Adding 1.5 * 2**23 rounds to an integer.
+  static Vector nearest_power(Vector x) {
+    return (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  }
+  static Vector remainder(Vector x, Vector n) { return (x - n * 0.693359375f) - n * -2.12194440e-4f; }
+  static Vector power_of_two(Vector n) {
+    return bits_of<Vector>((__builtin_convertvector(n, IntVector) + 127) << 23);
+  }
+
+  // exp(x) for x <= 0, within 1.01 ulp; exactly 0 below -87.3, where the result would be subnormal.
+  static Vector exp_of_nonpositive(Vector x) {
+    const Vector n = nearest_power(x);
+    const Vector e = (expm1_reduced(remainder(x, n)) + 1.0f) * power_of_two(n);
+    return x < -87.3f ? Vector{} : e;
+  }
+  // With E = exp(-2|x|): tanh|x| = (1 - E) / (1 + E) near 0, 1 - 2E / (1 + E) elsewhere, so that neither form
+  // cancels.
+  static Vector tanh(Vector x) {
+    Vector twice = x < 0 ? 2.0f * x : -2.0f * x;
+    twice = twice < -87.0f ? spread(-87.0f) : twice;
+    const Vector n = nearest_power(twice), scale = power_of_two(n);
+    const Vector q = expm1_reduced(remainder(twice, n));
+    const Vector less_one = q * scale + (scale - 1.0f), e = (q + 1.0f) * scale;
+    const Mask small = twice > -1.1f;
+    const Vector ratio = (small ? -less_one : 2.0f * e) / (small ? less_one + 2.0f : e + 1.0f);
+    const Vector size = small ? ratio : 1.0f - ratio;
+    return x < 0 ? -size : size;
+  }
+};
+
+template <>
+struct Lanes<double> {
+  using Vector = double;
+  using Mask = bool;
+  static constexpr int64_t width = 1;
+
+  static Vector spread(double x) { return x; }
+  static Mask all() { return true; }
+  static Mask first(int64_t count) { return count > 0; }
+  static Vector choose(Mask mask, Vector yes, Vector no) { return mask ? yes : no; }
+  static Vector load(const double* p) { return *p; }
+  static void store(double* p, Vector x) { *p = x; }
+  static double sum(Vector x) { return x; }
+  static double maximum(Vector x) { return x; }
+  static Vector exp_of_nonpositive(Vector x) { return __builtin_exp(x); }
+  static Vector tanh(Vector x) { return __builtin_tanh(x); }
+};
+
+}  // namespace TRIMTAB_ISA
+}  // namespace trimtab

@@ -1,0 +1,1 @@
+#include "cpu/token_loss_rows.inl"

@@ -1,0 +1,211 @@
+"""Every Triton kernel, compiled for three GPUs without one: registers, spills, wide loads.
+
+Triton's decorator yields interpreted functions where ``TRITON_INTERPRET=1`` is set, so one child
+process without it compiles everything (this file, run as a script) and answers in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+CAPABILITIES = [80, 90, 100]
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+VOCAB = 128256
+
+
+class Variant(NamedTuple):
+    """A kernel as one typical call specialises it."""
+
+    kernel: str
+    pointers: tuple[str, ...] = ()  # the optional arguments that are given
+    softcap: bool = False
+    smoothing: bool = False
+    aligned: bool = True
+
+
+ALL_WEIGHTS = ("coef_ptr", "class_weight_ptr", "grad_ptr")
+ALL_UPSTREAM = ("grad_logp_ptr", "grad_entropy_ptr", "grad_lse_ptr", "inv_temperature_ptr")
+VARIANTS = {
+    "loss, no gradient": Variant("loss_kernel"),
+    "loss": Variant("loss_kernel", ("coef_ptr", "grad_ptr")),
+    "loss, odd stride": Variant("loss_kernel", ("coef_ptr", "grad_ptr"), aligned=False),
+    "loss, all options": Variant("loss_kernel", ALL_WEIGHTS, softcap=True, smoothing=True),
+    "logp, no gradient": Variant("logp_kernel", ("inv_temperature_ptr",)),
+    "logp, all options": Variant("logp_kernel", ("inv_temperature_ptr", "grad_ptr"), softcap=True),
+    "backward": Variant("logp_backward_kernel", ("grad_logp_ptr", "grad_ptr")),
+    "backward, all options": Variant("logp_backward_kernel", (*ALL_UPSTREAM, "grad_ptr"), True),
+}
+
+# Registers of a thread in float32 and in the 16-bit types: the most over the three GPUs. Only up to
+# 64 do 1,024 threads fit on a multiprocessor.
+MEASURED_WITH = "3.9.0"
+HEADROOM = 8
+REGISTERS = {
+    "loss, no gradient": (29, 40),
+    "loss": (32, 63),
+    "loss, odd stride": (31, 38),
+    "loss, all options": (46, 77),
+    "logp, no gradient": (32, 48),
+    "logp, all options": (42, 73),
+    "backward": (32, 63),
+    "backward, all options": (34, 60),
+}
+# Other versions of Triton come with another ptxas: what all from 3.5 on were seen to keep to.
+REGISTERS_ELSEWHERE = 80
+SPILLED_ELSEWHERE = 16
+
+OPTIONAL = {"coef_ptr", "class_weight_ptr", "grad_ptr", *ALL_UPSTREAM}
+
+
+def cuobjdump() -> Path:
+    triton = pytest.importorskip("triton")
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compile_variant(variant: Variant, dtype: torch.dtype, capability: int) -> Any:
+    """Compiled as a launch would, with the alignment that Triton finds out from the arguments."""
+    import triton
+    from trimtab.triton_kernels.token_loss import config, logp, loss
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(loss if variant.kernel == "loss_kernel" else logp, variant.kernel)
+    shape = config.launch_config(
+        VOCAB,
+        dtype,
+        (capability // 10, 0),
+        rereads="grad_ptr" in variant.pointers,
+        aligned=variant.aligned,
+    )
+    constants = {
+        "HAS_SOFTCAP": variant.softcap,
+        "HAS_SMOOTHING": variant.smoothing,
+        "STEPS": shape.steps,
+        "LANES": shape.lanes,
+        "VEC": shape.vec,
+        **dict.fromkeys(OPTIONAL - set(variant.pointers)),
+    }
+    element = {"logits_ptr": DTYPES[dtype], "grad_ptr": DTYPES[dtype]}
+    element |= {"target_ptr": "i64", "predicted_ptr": "i64"}
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + element.get(name, "fp32")
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        elif name == "V" or name.endswith("_stride"):
+            signature[name] = "i32"
+            if variant.aligned:
+                aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if name == "ignore_index" else "fp32"
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name in signature},
+        attrs=aligned,
+    )
+    options = {
+        "num_warps": shape.num_warps,
+        "num_stages": shape.num_stages,
+        "enable_fp_fusion": False,
+    }
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def measure(compiled: Any, dump: Path) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [dump, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "wide loads": count(r"\bld\.global\S*\.v4\.b32"),
+        "wide stores": count(r"\bst\.global\S*\.v4\.b32"),
+        "doubles": count(r"\.f64\b"),
+        "exponentials": count(r"\bex2\.approx\.ftz\.f32"),
+        "slow exponentials": count(r"\bex2\.approx\.f32"),
+    }
+
+
+def main() -> None:
+    import triton
+
+    dump = cuobjdump()
+    usage = [
+        [name, str(dtype), capability, measure(compile_variant(variant, dtype, capability), dump)]
+        for name, variant in VARIANTS.items()
+        for dtype in DTYPES
+        for capability in CAPABILITIES
+    ]
+    json.dump({"triton": triton.__version__, "usage": usage}, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if not cuobjdump().exists():
+        pytest.skip(f"this Triton comes without {cuobjdump().name}, which reads the registers")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, __file__]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_budget(answer: dict[str, Any], name: str, dtype: torch.dtype):
+    exact = answer["triton"] == MEASURED_WITH
+    registers = REGISTERS[name][dtype.itemsize == 2] + HEADROOM if exact else REGISTERS_ELSEWHERE
+    usages = [usage for one, d, _, usage in answer["usage"] if (one, d) == (name, str(dtype))]
+    assert len(usages) == len(CAPABILITIES)
+    for capability, usage in zip(CAPABILITIES, usages, strict=True):
+        where = f"sm_{capability}: {usage}"
+        assert usage["registers"] <= registers, where
+        assert usage["spilled"] <= (0 if exact else SPILLED_ELSEWHERE), where
+        # One float for each warp, for the reductions at a row's end: no tile changes its layout.
+        assert usage["shared"] == 4 * usage["warps"], where
+        assert usage["doubles"] == 0, where
+        assert usage["exponentials"] > 0, where
+        assert usage["slow exponentials"] == 0, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loads_and_stores_are_16_bytes_wide(answer: dict[str, Any], name: str):
+    """Of every pass over the row: two steps in the branch without masks and two in the other."""
+    variant = VARIANTS[name]
+    passes = 1 + ("grad_ptr" in variant.pointers)
+    for one, _, capability, usage in answer["usage"]:
+        if one == name and variant.aligned:
+            assert usage["wide loads"] >= 4 * passes, f"sm_{capability}: {usage}"
+            assert usage["wide stores"] >= 4 * (passes - 1), f"sm_{capability}: {usage}"
+        elif one == name:
+            assert usage["wide loads"] == usage["wide stores"] == 0, f"sm_{capability}: {usage}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Inputs that the test files of token loss share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import trimtab
+from trimtab.reference import token_loss as reference
+from trimtab.testing import assert_within_budget, uneven, values_and_grads
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's interpreter computes in Python: it gets the smaller half of the shapes.
+ODD_SIZES = (1, 3, 63, 127, 252, 507)
+
+
+class Problem(NamedTuple):
+    """A linear head with targets, in float64; every number is exact in the dtype under test."""
+
+    input: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor  # (V,)
+    target: Tensor  # (N,)
+    token_weight: Tensor  # (N,)
+
+    def tensors(self, dtype: torch.dtype, bias: bool = True, token_weight: bool = True) -> list:
+        """The differentiable inputs in a dtype; token weights stay float32 (float64 for float64)."""
+        weights = self.token_weight.to(dtype if dtype == torch.float64 else torch.float32)
+        head = [self.input.to(dtype), self.weight.to(dtype), self.bias.to(dtype) if bias else None]
+        return [*head, weights if token_weight else None]
+
+
+def problem(
+    n: int = 37, d: int = 16, v: int = 63, dtype: torch.dtype = torch.float32, *, ignored: bool = True,
+    weight_shape: tuple[int, ...] = (), device: str = "cpu",
+) -> Problem:  # fmt: skip
+    """Random, with some targets ignored and token weights of both signs, one of them 0."""
+    generator = torch.Generator().manual_seed(n * 1000 + v)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(dtype).double().to(device)
+
+    target = torch.randint(v, (n,), generator=generator)
+    if ignored:
+        target[::5] = -100
+    token_weight = torch.randn(*weight_shape, n, generator=generator).double()
+    token_weight[..., 1:2] = 0.0
+    return Problem(draw(n, d), draw(v, d), draw(v), target.to(device), token_weight.to(device))
+
+
+def check_linear_cross_entropy(
+    case: Any, given: Problem, dtype: torch.dtype, **options: Any
+) -> None:
+    """Loss and all gradients of ``case`` within the error budget of eager in ``dtype``."""
+    bias, weighted = options.pop("bias", True), options.pop("weighted", True)
+
+    def run(impl: str, precision: torch.dtype) -> list[Tensor]:
+        def loss(
+            input: Tensor, weight: Tensor, bias: Tensor | None, token_weight: Tensor | None
+        ) -> Tensor:
+            return trimtab.linear_cross_entropy(
+                input, weight, given.target.to(input.device), linear_bias=bias,
+                token_weight=token_weight, impl=impl, **options,
+            )  # fmt: skip
+
+        return values_and_grads(loss, given.tensors(precision, bias, weighted))
+
+    truth = run("reference", torch.float64)
+    eager = run("reference", dtype)
+    actual = run(case.impl, dtype)
+    scales = term_magnitudes(given, bias, weighted, options)
+    names = ["loss", "input.grad", "weight.grad", *(["bias.grad"] if bias else []),
+             *(["token_weight.grad"] if weighted else [])]  # fmt: skip
+    assert len(actual) == len(names)
+    for name, ours, theirs, true in zip(names, actual, eager, truth, strict=True):
+        assert_within_budget(ours, theirs, true, name=name, scale=scales.get(name, 0.0))
+
+
+def term_magnitudes(
+    given: Problem, bias: bool, weighted: bool, options: dict[str, Any]
+) -> dict[str, float]:
+    """Sums of the magnitudes of the float64 terms behind each result, where their signs cancel.
+
+    Rounding is relative to these: a sum that happens to come out near 0 is no more exact for it. Eager's own
+    error is no stand-in for it there, since on a handful of numbers it is often 0 by luck.
+    """
+    logits = torch.nn.functional.linear(given.input, given.weight, given.bias if bias else None)
+    logits.requires_grad_()
+    kept = {key: value for key, value in options.items() if key != "options"}
+    loss = trimtab.cross_entropy(
+        logits,
+        given.target,
+        token_weight=given.token_weight if weighted else None,
+        impl="reference",
+        **kept,
+    )
+    loss.backward(uneven(loss))
+    grad = logits.grad.abs()
+    scales = {
+        "input.grad": (grad @ given.weight.abs()).max(),
+        "weight.grad": (grad.T @ given.input.abs()).max(),
+        "bias.grad": grad.sum(0).max(),
+    }
+    z = reference.transform_logits(
+        logits.detach(), kept.get("logit_scale", 1.0), kept.get("softcap")
+    )
+    terms = z.abs().amax(-1) + z.logsumexp(-1).abs()
+    if weighted:
+        terms = terms * given.token_weight.abs()
+    terms = terms.masked_fill(given.target == -100, 0.0)
+    reduction = options.get("reduction", "mean")
+    total = terms.max() if reduction == "none" else terms.sum(-1).max()
+    if reduction == "mean":
+        total = total / (given.target != -100).sum().clamp(min=1)
+    return {name: float(scale) for name, scale in {**scales, "loss": total}.items()}

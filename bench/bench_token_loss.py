@@ -1,10 +1,10 @@
-"""Token loss: ours beside eager PyTorch, its chunked form, Liger, CCE and QuACK, and the products alone.
+"""Token loss: ours beside eager PyTorch and its chunked form, Liger, CCE, QuACK, and the products.
 
     pytest bench/bench_token_loss.py --benchmark-json=build/bench-token_loss.json [--quick | --full]
     python bench/report.py build/bench-token_loss.json
 
-All contenders of a case are measured in one race (``measure.race``), when the first test of the case asks for
-it. pytest-benchmark then gets each contender's rounds through a clock that replays them
+All contenders of a case are measured in one race (``measure.race``), which the first test of the
+case starts. pytest-benchmark then gets each contender's rounds through a clock that replays them
 (``measure.ReplayClock``), so that its tables and its JSON show the interleaved measurement.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cases_token_loss import Case, cases, make_inputs, sample, truth
 from measure import Effort, Outcome, ReplayClock, Task, against_floor, race, summary
 from providers_token_loss import EAGER, FLOOR, PROVIDERS, Provider

@@ -1,7 +1,8 @@
 """What the token loss is measured on: modes, shapes, data, and the float64 truth.
 
-Costs are counted in products: one N x D x V product is 2 N D V FLOP. ``Case.flop`` is what the maths needs,
-not what a contender happens to run; ``Case.bytes`` is one read of every input and one write of every result.
+Costs are counted in products: one N x D x V product is 2 N D V FLOP. ``Case.flop`` is what the
+maths needs, not what a contender happens to run; ``Case.bytes`` is one read of every input and one
+write of every result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 IGNORED = -100
 # Rows and classes on which gradients are compared with the truth; losses are compared everywhere.
 SAMPLED = 64
-# Standard deviation of the logits: a few classes hold most of a row's probability, as in a trained model.
+# Standard deviation of the logits: few classes hold most of the probability, as in a trained model.
 LOGIT_SPREAD = 3.0
 _TRUTH_BYTES = 256 * 2**20
 

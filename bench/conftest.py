@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 import machine
 import measure
-import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,9 +49,12 @@ class Races:
         return self._outcomes[case]
 
     def _say(self, line: str) -> None:
-        reporter = self.session.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:
-            reporter.write_line(line)
+        plugins = self.session.config.pluginmanager
+        reporter = plugins.get_plugin("terminalreporter")
+        capture = plugins.get_plugin("capturemanager")
+        if reporter is not None and capture is not None:
+            with capture.global_and_fixture_disabled():
+                reporter.write_line(line)
 
 
 HEADER: pytest.StashKey[dict[str, Any]] = pytest.StashKey()

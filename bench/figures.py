@@ -1,4 +1,4 @@
-"""Pictures of the result rows: time and memory over shape, and everybody's distance from the floor."""
+"""Pictures of the result rows: time and memory over shape, and the distance from the floor."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ def draw(rows: Sequence[Row], folder: Path, family: str, machine: str) -> list[P
 
     matplotlib.use("Agg")
     # The same rows give the same file.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "trimtab", "font.size": 9, "axes.grid": True,
-                "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    settings = {
+        "svg.fonttype": "none", "svg.hashsalt": "trimtab", "font.size": 9, "axes.grid": True,
+        "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
     with matplotlib.rc_context(settings):
         written = []
         over_shape = list(sweeps(rows))
         if over_shape:
             for field, label, name in (
-                ("p50_ms", "ms", "time"), ("extra_mib", "MiB beyond inputs and gradients", "memory"),
-            ):  # fmt: skip
+                ("p50_ms", "ms", "time"),
+                ("extra_mib", "MiB beyond inputs and gradients", "memory"),
+            ):
                 path = folder / f"{family}-{name}.svg"
                 _draw_sweeps(over_shape, field, label, AXES[family], f"{name} on {machine}", path)
                 written.append(path)

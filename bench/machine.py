@@ -73,7 +73,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Short hash, with ``+dirty`` if anything but results differs from it; "unknown" outside a checkout."""
+    """Short hash, ``+dirty`` if anything but results differs; "unknown" outside a checkout."""
     head = _git("rev-parse", "--short", "HEAD")
     if head is None:
         return "unknown"

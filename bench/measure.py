@@ -1,14 +1,14 @@
 """How a case is measured: errors, then memory, then time, one contender beside the other.
 
-- Nobody is timed before his results have passed: within 2 x eager's error plus one rounding of the float64
-  truth (``trimtab.testing.error_budget``), at the very shape that is timed.
-- Rounds go round-robin, each beginning with another contender, so that a machine that slows down does so for
-  all. A row gives the median and the 20th and 80th percentile of the rounds.
-- On a CPU a round is one call. On CUDA it is a graph of many calls, replayed between two events, over
-  copies of the inputs that together hold three times the L2 cache; where a call can't be captured, the calls
-  are launched between the events instead.
+- Nobody is timed whose results have not passed: within 2 x eager's error plus one rounding of the
+  float64 truth (``trimtab.testing.error_budget``), at the very shape that is timed.
+- Rounds go round-robin, each beginning with another contender, so that a machine that slows down
+  does so for all. A row gives the median and the 20th and 80th percentile of the rounds.
+- On a CPU a round is one call. On CUDA it is a graph of many calls, replayed between two events,
+  over copies of the inputs that together hold three times the L2 cache; where a call can't be
+  captured, the calls are launched between the events instead.
 - Extra memory is the peak during one call beyond the inputs and the results it leaves: on CUDA the
-  allocator's peak, on a CPU the kernel's peak of resident memory, which libraries' workspaces are part of.
+  allocator's peak, on a CPU the kernel's peak of resident memory, libraries' workspaces included.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Effort(NamedTuple):
     most: int
 
     def rounds(self, call_seconds: float) -> int:
-        """Rounds that fit the time, within bounds; 2 where one call takes all of it."""
+        """Rounds that fit the time, within bounds; 2 where a call fills it, 1 where twice that."""
         if call_seconds >= self.seconds:
-            return 2
+            return 1 if call_seconds >= 2 * self.seconds else 2
         return max(self.least, min(self.most, int(self.seconds / max(call_seconds, 1e-9))))
 
 
-QUICK = Effort(0.02, 2, 2)
+QUICK = Effort(0.05, 2, 2)
 NORMAL = Effort(5.0, 3, 15)
 FULL = Effort(12.0, 7, 30)
 
@@ -117,8 +117,8 @@ def quantile(samples: Sequence[float], share: float) -> float:
 class ReplayClock:
     """A clock that durations measured elsewhere advance.
 
-    pytest-benchmark times one test after the other and so can't interleave. It takes a timer as an option,
-    though: with this one its rounds are the interleaved ones, measured before.
+    pytest-benchmark times one test after the other and so can't interleave. It takes a timer as an
+    option, though: with this one its rounds are the interleaved ones, measured before.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,8 @@ def race(
         effort: how long to measure.
 
     Returns:
-        An outcome for every contender. If eager itself can't run there is no yardstick, and nobody is timed.
+        An outcome for every contender. If eager itself can't run there is no yardstick, and nobody
+        is timed.
     """
     outcomes: dict[str, Outcome] = {}
     entries: list[_Entry] = []
@@ -295,7 +296,7 @@ def wall_round(step: Step, inputs: Any) -> Callable[[], float]:
 
 
 def rotated(inputs: Any, cache_bytes: int, free_bytes: int | None = None) -> list[Any]:
-    """The inputs and enough copies of them to hold three times the cache, in half the free memory."""
+    """The inputs and copies of them, to hold three times the cache, in half the free memory."""
     size = sum(t.nbytes for t in inputs if t is not None)
     if free_bytes is None:
         free_bytes = torch.cuda.mem_get_info()[0]
@@ -358,7 +359,7 @@ def _captured(
 
 
 def timed_peak(call: Callable[[], Outputs], device: str) -> tuple[Outputs, float, int | None]:
-    """Results and seconds of one call, and its peak memory beyond what it began with and leaves behind."""
+    """Results and seconds of one call, and its peak memory beyond what was there and stays."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -411,12 +412,16 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     """The measured fields of a result row."""
     ms = [1e3 * seconds for seconds in outcome.seconds]
     return {
-        "p50_ms": round(statistics.median(ms), 4), "p20_ms": round(quantile(ms, 0.2), 4),
-        "p80_ms": round(quantile(ms, 0.8), 4), "rounds": len(ms), "timing": outcome.timing,
+        "p50_ms": _digits(statistics.median(ms), 6), "p20_ms": _digits(quantile(ms, 0.2), 6),
+        "p80_ms": _digits(quantile(ms, 0.8), 6), "rounds": len(ms), "timing": outcome.timing,
         "extra_mib": None if outcome.extra_bytes is None else round(outcome.extra_bytes / 2**20, 1),
-        "errors": {name: float(f"{error:.3g}") for name, error in outcome.errors.items()},
-        "max_err": float(f"{max(outcome.errors.values()):.3g}") if outcome.errors else None,
+        "errors": {name: _digits(error, 3) for name, error in outcome.errors.items()},
+        "max_err": _digits(max(outcome.errors.values()), 3) if outcome.errors else None,
     }  # fmt: skip
+
+
+def _digits(value: float, count: int) -> float:
+    return float(f"{value:.{count}g}")
 
 
 def against_floor(

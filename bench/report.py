@@ -2,8 +2,8 @@
 
     python bench/report.py build/bench-token_loss.json [more.json ...] [--out FOLDER]
 
-Rows are kept from run to run: a new row replaces the one of the same case, provider and number of threads.
-Rows of a ``--quick`` run are shown and not kept.
+Rows are kept from run to run: a new row replaces the one of the same case, provider and number of
+threads. Rows of a ``--quick`` run are shown and not kept.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from targets import Row, Verdict, verdicts
 RESULTS = Path(__file__).resolve().parent / "results"
 KEY = ("family", "op", "mode", "dtype", "shape", "device", "provider", "threads")
 # Of the extra_info, what says where and when: the same for all rows of a run.
-RUN_FIELDS = ("machine", "cpu", "cores", "threads", "cpu_capability", "gpu", "driver", "cuda", "python",
-              "torch", "triton", "trimtab", "peers", "commit", "time", "load", "quick")  # fmt: skip
+RUN_FIELDS = (
+    "machine", "cpu", "cores", "threads", "cpu_capability", "gpu", "driver", "cuda", "python",
+    "torch", "triton", "trimtab", "peers", "commit", "time", "load", "quick",
+)  # fmt: skip
 SHAPES = {"token_loss": "N x D x V"}
 MODES_IN_WORDS = {
     "weighted": "scalar loss with token weights, forward + backward",
@@ -30,8 +32,15 @@ MODES_IN_WORDS = {
     "none": "one loss per token with an upstream known only in backward, forward + backward",
     "frozen": "head frozen, one loss per token with an arbitrary upstream, forward + backward",
     "logp": "log-probabilities, forward only",
-    "rows": "logits made already, one loss per token, forward + backward; its floor is one copy of the logits",
+    "rows": "logits made already, one loss per token, forward + backward; floor: one copy of them",
 }
+ABOUT = (
+    "Times are medians over interleaved rounds, with the 20th and 80th percentile; `x floor` "
+    "is the time over that of the products the case can't do without, measured in the same "
+    "rounds; `extra` is the peak of one call beyond inputs and gradients; `error` is the "
+    "largest against float64, relative to the largest true value, over the loss and the "
+    "gradients."
+)
 
 
 class Results:
@@ -104,10 +113,7 @@ def markdown(machine: str, family: str, results: Results, pictures: Sequence[str
     parts = [
         f"# {family} on {machine}",
         "\n".join(_runs(results.runs)),
-        "Times are medians over interleaved rounds, with the 20th and 80th percentile; `x floor` is the time "
-        "over that of the products the case can't do without, measured in the same rounds; `extra` is the peak "
-        "of one call beyond inputs and gradients; `error` is the largest against float64, relative to the "
-        "largest true value, over the loss and the gradients.",
+        ABOUT,
         "## Targets\n\n" + "\n".join(target_lines(verdicts(results.rows, machine))),
         *(f"![{name}]({name})" for name in pictures),
         *_tables(results.rows, len(results.runs) > 1),
@@ -123,7 +129,8 @@ def _runs(runs: dict[str, Row]) -> Iterator[str]:
         yield (
             f"- Run {name}: {gpu}{run['cpu']}, {run['cores']} cores, {run['threads']} threads, "
             f"{run['cpu_capability']}, load before {run['load']}; torch {run['torch']}, "
-            f"Triton {run['triton']}, trimtab {run['trimtab']} at {run['commit']}; {peers or 'no peers'}."
+            f"Triton {run['triton']}, trimtab {run['trimtab']} at {run['commit']}; "
+            f"{peers or 'no peers'}."
         )
 
 
@@ -142,12 +149,12 @@ def target_lines(found: Sequence[Verdict]) -> Iterator[str]:
         by = f" ({provider})" if provider else ""
         shown = "" if value is None else f"{value:.3g}"
         yield (
-            f"| {target.op} {target.mode} {target.dtype} {shape}{by} | {target.quantity} | {target.limit:g} "
-            f"| {shown} | {met} |"
+            f"| {target.op} {target.mode} {target.dtype} {shape}{by} | {target.quantity} "
+            f"| {target.limit:g} | {shown} | {met} |"
         )
-    states = [verdict.met for verdict in found]
+    count = [verdict.met for verdict in found].count
     yield ""
-    yield f"{states.count(True)} met, {states.count(False)} not met, {states.count(None)} not measured."
+    yield f"{count(True)} met, {count(False)} not met, {count(None)} not measured."
 
 
 def _tables(rows: Sequence[Row], several_runs: bool) -> Iterator[str]:
@@ -155,11 +162,14 @@ def _tables(rows: Sequence[Row], several_runs: bool) -> Iterator[str]:
     for row in rows:
         groups[row["op"], row["mode"], row["dtype"]].append(row)
     for (op, mode, dtype), group in groups.items():
-        run_column = " run |" if several_runs else ""
+        columns = [
+            SHAPES.get(group[0]["family"], "shape"), "provider", "ms (p20 to p80)", "x floor",
+            "GFLOP/s", "extra MiB", "error", "rounds", *(["run"] if several_runs else []),
+        ]  # fmt: skip
         lines = [
             f"## {op}, {mode}, {dtype}\n\n{MODES_IN_WORDS.get(mode, mode).capitalize()}.\n",
-            f"| {SHAPES.get(group[0]['family'], 'shape')} | provider | ms (p20 to p80) | x floor | GFLOP/s | extra MiB | error | rounds |{run_column}",
-            "|---|---|---|---|---|---|---|---|" + ("---|" if several_runs else ""),
+            "| " + " | ".join(columns) + " |",
+            "|---" * len(columns) + "|",
         ]
         lines += [_line(row) + (f" {row['run']} |" if several_runs else "") for row in group]
         yield "\n".join(lines)
@@ -170,8 +180,8 @@ def _line(row: Row) -> str:
     ms = f"{row['p50_ms']:.4g} ({row['p20_ms']:.4g} to {row['p80_ms']:.4g})"
     cells = [
         shape, row["provider"], ms, _number(row["over_floor"], ".2f"),
-        _number(row["gflops"] or None, ".0f"), _number(row["extra_mib"], ".1f"), _number(row["max_err"], ".1e"),
-        f"{row['rounds']} ({row['timing']})",
+        _number(row["gflops"] or None, ".0f"), _number(row["extra_mib"], ".1f"),
+        _number(row["max_err"], ".1e"), f"{row['rounds']} ({row['timing']})",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -1,5 +1,5 @@
-// The only file that includes torch's headers. They are LibTorch's stable ABI, floor 2.10, so that one
-// library serves every later torch and every Python.
+// The only file that includes torch's headers. They are LibTorch's stable ABI, floor 2.10, so that
+// one library serves every later torch and every Python.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -43,7 +43,8 @@ inline const Tensor* pointer_to(const OptionalTensor& tensor) {
 }
 
 // A contiguous vector of the given length and dtype.
-inline void check_vector(const char* argument, const Tensor& tensor, int64_t length, ScalarType dtype) {
+inline void check_vector(const char* argument, const Tensor& tensor, int64_t length,
+                         ScalarType dtype) {
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == length && tensor.is_contiguous(), argument,
                   " must be contiguous and of length ", length);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, argument, " must be ",
@@ -53,8 +54,8 @@ inline void check_vector(const char* argument, const Tensor& tensor, int64_t len
 
 // A matrix whose rows are contiguous, at any distance from each other.
 inline void check_rows(const char* argument, const Tensor& tensor, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, argument,
-                  " must be of shape (", rows, ", ", columns, ")");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
+                  argument, " must be of shape (", rows, ", ", columns, ")");
   STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, argument,
                   " must have contiguous rows, got stride ", tensor.stride(1));
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +107,7 @@ def test_half_precision_is_read_as_it_is(dtype: torch.dtype) -> None:
     assert fit.salience.dtype == fit.predict(short).dtype == torch.float32
 
 
-def test_arrays_memmaps_and_strides_give_the_same_bits(tmp_path: object) -> None:
+def test_arrays_memmaps_and_strides_give_the_same_bits(tmp_path: Path) -> None:
     nll, accuracy, _ = domains(12, 5000)
     nll = nll.float()
     want = CapabilitySalience(3).fit(nll, accuracy)
@@ -173,6 +175,47 @@ def test_nothing_better_than_the_mean_loss_leaves_its_law() -> None:
     assert torch.equal(fit.objective, base.objective)
 
 
+@pytest.mark.filterwarnings("ignore:the fit of capabilities")  # of coin tosses
+def test_a_fit_is_never_worse_than_the_mean_loss() -> None:
+    g = torch.Generator().manual_seed(6)
+    for _ in range(20):
+        nll, coins = torch.rand(5, 12, generator=g, dtype=DOUBLE), torch.rand(5, 3, generator=g)
+        base = CapabilitySalience(3, regularization=math.inf).fit(nll, coins)
+        fit = CapabilitySalience(3, regularization=[3.0, 0.3, 0.03]).fit(nll, coins)
+        assert (fit.objective <= base.objective).all()
+        got = 1 - fit.r2(nll, coins) + torch.tensor([3.0, 0.3, 0.03], dtype=DOUBLE) * fit.kl
+        torch.testing.assert_close(got, fit.objective, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:the fit of capabilities")  # it goes along the bound
+def test_the_slope_is_bounded_where_weights_could_cancel_all_but_a_trace() -> None:
+    g = torch.Generator().manual_seed(7)
+    steepest = 0.0
+    for _ in range(20):
+        nll, coins = torch.rand(4, 9, generator=g, dtype=DOUBLE), torch.rand(4, generator=g)
+        base = CapabilitySalience(regularization=math.inf).fit(nll, coins)
+        bound = max(
+            100 / float((nll - nll.mean(0)).square().mean().sqrt()), 10 * -float(base.alpha)
+        )
+        fit = CapabilitySalience().fit(nll, coins)
+        assert -float(fit.alpha) <= bound * (1 + 1e-12)
+        steepest = max(steepest, -float(fit.alpha) / bound)
+    assert steepest > 0.5, "some of them would have gone on"
+
+
+def test_a_slope_that_the_mean_loss_needs_is_allowed() -> None:
+    skill = torch.linspace(-1, 1, 20, dtype=DOUBLE)[:, None]
+    noise = torch.randn(20, 200, generator=torch.Generator().manual_seed(8), dtype=DOUBLE)
+    nll = 2 - 1e-3 * skill + 0.3 * (noise - noise.mean(1, keepdim=True))
+    y = torch.sigmoid(2 * skill[:, 0] + 0.2 * noise[:, 0])
+    base = CapabilitySalience(regularization=math.inf).fit(nll, y)
+    fit = CapabilitySalience(regularization=0.1).fit(nll, y)
+    assert float(fit.objective) < float(base.objective) - 0.01
+    # Hundred logits over the spread of a token's NLL, 0.3, would be 333.
+    assert float(base.alpha) < -1000
+    assert float(fit.alpha) < -1000
+
+
 def test_fit_floor_finds_the_level_of_chance() -> None:
     nll, accuracy, _ = domains(300, 500, gamma=0.25)
     fit = CapabilitySalience(3, floor=0.1, fit_floor=True, regularization=0.01).fit(nll, accuracy)
@@ -194,7 +237,7 @@ def test_constant_accuracy_gives_a_flat_law_and_no_r2() -> None:
 def test_head_weighs_new_text() -> None:
     nll, accuracy, kind = domains(60, 4000, noise=0.02)
     features = torch.nn.functional.one_hot(kind, 3).double()
-    features = torch.cat([features + 100.0, torch.ones(4000, 1)], 1).float()
+    features = torch.cat([features + 1e4, torch.ones(4000, 1)], 1).float()
     nll, old, new = nll.float(), slice(0, 2000), slice(2000, None)
     fit = CapabilitySalience(3, weights="head").fit(
         nll[:30, old], accuracy[:30], features=features[old]
@@ -242,7 +285,7 @@ class DomainWeights:
         return torch.nn.functional.one_hot(features[:, 0].long(), 3).T.to(features)
 
 
-def test_your_own_weights_equal_a_head_on_the_same_basis(tmp_path: object) -> None:
+def test_your_own_weights_equal_a_head_on_the_same_basis(tmp_path: Path) -> None:
     nll, accuracy, kind = domains(30, 500, noise=0.02)
     number = kind[:, None].double()
     onehot = torch.nn.functional.one_hot(kind, 3).double()
@@ -257,7 +300,7 @@ def test_your_own_weights_equal_a_head_on_the_same_basis(tmp_path: object) -> No
         CapabilitySalience.load(f"{tmp_path}/own.pt")
 
 
-def test_save_and_load(tmp_path: object) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     nll, accuracy, _ = domains(12, 300)
     settings = {"floor": [0.0, 0.1, 0.0], "regularization": [0.1, math.inf, 0.2], "steps": 20}
     fit = CapabilitySalience(3, **settings).fit(nll.float(), accuracy.clamp(min=0.1))
@@ -272,6 +315,23 @@ def test_save_and_load(tmp_path: object) -> None:
     assert torch.equal(again.salience, fit.salience)
     with pytest.raises(ValueError, match="weights must be left out"):
         CapabilitySalience.load(f"{tmp_path}/fit.pt", weights=DomainWeights())
+
+
+class Touch:
+    """Pickles as a call that writes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def test_loading_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"settings": Touch(str(tmp_path / "touched"))}, tmp_path / "bad.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        CapabilitySalience.load(tmp_path / "bad.pt")
+    assert not (tmp_path / "touched").exists()
 
 
 def test_cross_validation_is_what_a_loop_gives() -> None:

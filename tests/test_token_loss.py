@@ -79,7 +79,7 @@ def test_chunks(case, chunk_size, dtype, accum_dtype):
 
 
 def test_native_float64_is_the_oracle():
-    """The compiled kernels in float64 agree with autograd to its last digits: the formulas are right."""
+    """The compiled kernels in float64 agree with autograd to its last digits."""
     for options, reduction in itertools.product(OPTIONS, ["mean", "none"]):
         given = problem(device="cpu")
 
@@ -195,7 +195,7 @@ def test_logp_entropy_and_lse(case, dtype, classes, options):
         if name == "predicted":
             assert ours.dtype == torch.int64
             continue
-        # The gradients sum three upstreams that may cancel: their terms are of the size of the upstreams.
+        # The gradients sum three upstreams that may cancel: their terms are of upstream size.
         scale = float(max(t.abs().max() for t in truth[:3])) if name in names[:3] else 1.0
         assert_within_budget(ours, theirs, true, name=name, dtype=dtype, scale=scale)
 
@@ -230,7 +230,7 @@ def test_logp_ratio_is_the_difference_of_two_heads(case):
                 temperature=1.3,
                 ref_temperature=0.9,
                 impl=impl,
-            ),  # fmt: skip
+            ),
             [policy.input.to(dtype), policy.weight.to(dtype)],
         )
         assert ref_input.grad is None
@@ -255,9 +255,14 @@ def test_leading_dimensions_and_the_unbatched_form(case):
         impl=case.impl,
     )
     folded = trimtab.linear_cross_entropy(
-        input.reshape(3, 2, 2, -1), weight, given.target.reshape(3, 2, 2), linear_bias=bias,
-        token_weight=token_weight.reshape(3, 2, 2), reduction="none", impl=case.impl,
-    )  # fmt: skip
+        input.reshape(3, 2, 2, -1),
+        weight,
+        given.target.reshape(3, 2, 2),
+        linear_bias=bias,
+        token_weight=token_weight.reshape(3, 2, 2),
+        reduction="none",
+        impl=case.impl,
+    )
     assert folded.shape == (3, 2, 2)
     assert_same_bits(folded.flatten(), flat)
     one = trimtab.linear_cross_entropy(

@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
-from token_loss_cases import problem
 from torch.nn import functional as F
 
 import trimtab
+from token_loss_cases import problem
 from trimtab.ops.token_loss import _chunks
 from trimtab.testing import assert_same_bits
 
@@ -50,12 +50,22 @@ def skip_reference(case):
 @pytest.mark.parametrize(
     ("reduction", "count", "frozen", "expected"),
     [
-        ("mean", None, "", 3), ("sum", None, "", 3), ("mean", 1, "", 3), ("none", None, "", 4),
-        ("mean", 3, "", 4), ("none", 2, "", 4),
-        ("mean", None, "head", 2), ("none", None, "head", 2), ("mean", 3, "head", 2), ("none", 3, "head", 2),
-        ("mean", None, "input", 2), ("none", None, "input", 3), ("mean", None, "both", 1), ("none", 3, "both", 1),
+        ("mean", None, "", 3),
+        ("sum", None, "", 3),
+        ("mean", 1, "", 3),
+        ("none", None, "", 4),
+        ("mean", 3, "", 4),
+        ("none", 2, "", 4),
+        ("mean", None, "head", 2),
+        ("none", None, "head", 2),
+        ("mean", 3, "head", 2),
+        ("none", 3, "head", 2),
+        ("mean", None, "input", 2),
+        ("none", None, "input", 3),
+        ("mean", None, "both", 1),
+        ("none", 3, "both", 1),
     ],
-)  # fmt: skip
+)
 def test_cost_in_products(case, products, chunk_size, reduction, count, frozen, expected):
     skip_reference(case)
     given = problem(ignored=False, weight_shape=(count,) if count else (), device=case.device)
@@ -64,9 +74,14 @@ def test_cost_in_products(case, products, chunk_size, reduction, count, frozen, 
     input.requires_grad_(frozen not in ("input", "both"))
     weight.requires_grad_(frozen not in ("head", "both"))
     loss = trimtab.linear_cross_entropy(
-        input, weight, given.target, token_weight=token_weight, reduction=reduction, impl=case.impl,
+        input,
+        weight,
+        given.target,
+        token_weight=token_weight,
+        reduction=reduction,
+        impl=case.impl,
         options=trimtab.TokenLossOptions(chunk_size=chunk_size),
-    )  # fmt: skip
+    )
     if loss.requires_grad:
         loss.backward(torch.rand_like(loss))
     assert products(given) == pytest.approx(expected)
@@ -192,10 +207,20 @@ def test_double_backward_is_the_oracles(case, reduction):
 
     def hessian_product(impl):
         leaves = [tensor.requires_grad_() for tensor in given.tensors(torch.float32)]
-        loss = trimtab.linear_cross_entropy(
-            leaves[0], leaves[1], given.target, linear_bias=leaves[2], token_weight=leaves[3],
-            reduction=reduction, softcap=4.0, impl=impl,
-        ).square().sum()  # fmt: skip
+        loss = (
+            trimtab.linear_cross_entropy(
+                leaves[0],
+                leaves[1],
+                given.target,
+                linear_bias=leaves[2],
+                token_weight=leaves[3],
+                reduction=reduction,
+                softcap=4.0,
+                impl=impl,
+            )
+            .square()
+            .sum()
+        )
         grads = torch.autograd.grad(loss, leaves, create_graph=True)
         return torch.autograd.grad(sum(grad.sin().sum() for grad in grads), leaves)
 
@@ -237,7 +262,7 @@ def test_gradcheck_of_the_compiled_kernels(op):
                 label_smoothing=0.1,
                 lse_square_scale=0.01,
                 **common,
-            ),  # fmt: skip
+            ),
             (input, weight, bias, token_weight),
         )
 

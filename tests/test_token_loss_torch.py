@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from token_loss_cases import problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 import trimtab
+from token_loss_cases import problem
 from trimtab.testing import assert_same_bits
 
 SAMPLED = {
@@ -77,9 +77,15 @@ def test_compile_equals_eager_to_the_bit(case, reduction, count, frozen):
 
     def loss(x, w, b, t):
         return trimtab.linear_cross_entropy(
-            2.0 * x, w, given.target, linear_bias=b, token_weight=t.square(), reduction=reduction, softcap=9.0,
+            2.0 * x,
+            w,
+            given.target,
+            linear_bias=b,
+            token_weight=t.square(),
+            reduction=reduction,
+            softcap=9.0,
             impl=case.impl,
-        )  # fmt: skip
+        )
 
     def run(function):
         leaves = [tensor.requires_grad_() for tensor in given.tensors(torch.float32)]
@@ -105,8 +111,11 @@ def test_compile_of_the_other_operators(case):
         return ratio.log_ratio.sum() + logp.logp.mean() + logp.entropy.mean() + rows, logp.predicted
 
     def run(function):
-        leaves = [given.input.float().requires_grad_(), given.weight.float().requires_grad_(),
-                  torch.arange(372.0).sin().reshape(12, 31).requires_grad_()]  # fmt: skip
+        leaves = [
+            given.input.float().requires_grad_(),
+            given.weight.float().requires_grad_(),
+            torch.arange(372.0).sin().reshape(12, 31).requires_grad_(),
+        ]
         total, predicted = function(*leaves)
         total.backward()
         return [total, predicted, *(leaf.grad for leaf in leaves)]
@@ -170,8 +179,23 @@ def opcheck_arguments(impl):
             "linear_token_loss",
             (input, weight, bias, given.target, coef, None, *transform, 0.1, 0.0, *tail),
         )
-        yield "linear_token_logp_backward", (
-            input, weight, bias, given.target, None, *transform, coef, None, coef, needs, 4, *head)  # fmt: skip
+        yield (
+            "linear_token_logp_backward",
+            (
+                input,
+                weight,
+                bias,
+                given.target,
+                None,
+                *transform,
+                coef,
+                None,
+                coef,
+                needs,
+                4,
+                *head,
+            ),
+        )
     yield (
         "linear_token_logp",
         (input, weight, None, given.target, coef.abs() + 1, *transform, True, 4, *head[1:]),
@@ -261,20 +285,51 @@ def test_errors_name_the_argument_and_the_remedy(error, text, changed):
 @pytest.mark.parametrize(
     ("error", "text", "call"),
     [
-        (ValueError, "temperature must be positive", lambda: trimtab.linear_logp(X, W, Y, temperature=0.0)),
-        (ValueError, "temperature must be positive", lambda: trimtab.linear_logp(X, W, Y, temperature=Y.float())),
-        (ValueError, "temperature must be a number", lambda: trimtab.linear_logp(X, W, Y, temperature=X)),
-        (ValueError, "temperature must be without", lambda: trimtab.linear_logp(
-            X, W, Y, temperature=torch.ones(3, requires_grad=True))),
+        (
+            ValueError,
+            "temperature must be positive",
+            lambda: trimtab.linear_logp(X, W, Y, temperature=0.0),
+        ),
+        (
+            ValueError,
+            "temperature must be positive",
+            lambda: trimtab.linear_logp(X, W, Y, temperature=Y.float()),
+        ),
+        (
+            ValueError,
+            "temperature must be a number",
+            lambda: trimtab.linear_logp(X, W, Y, temperature=X),
+        ),
+        (
+            ValueError,
+            "temperature must be without",
+            lambda: trimtab.linear_logp(X, W, Y, temperature=torch.ones(3, requires_grad=True)),
+        ),
         (IndexError, "target must be in", lambda: trimtab.linear_logp(X, W, Y - 100)),
-        (ValueError, "input must be of shape", lambda: trimtab.cross_entropy(torch.tensor(1.0), Y[0])),
-        (ValueError, "input must be of at least", lambda: trimtab.cross_entropy(torch.zeros(3, 0), Y)),
-        (ValueError, "target must be of shape", lambda: trimtab.cross_entropy(torch.zeros(3, 4, 2), Y)),
+        (
+            ValueError,
+            "input must be of shape",
+            lambda: trimtab.cross_entropy(torch.tensor(1.0), Y[0]),
+        ),
+        (
+            ValueError,
+            "input must be of at least",
+            lambda: trimtab.cross_entropy(torch.zeros(3, 0), Y),
+        ),
+        (
+            ValueError,
+            "target must be of shape",
+            lambda: trimtab.cross_entropy(torch.zeros(3, 4, 2), Y),
+        ),
         (ValueError, "chunk_size must be", lambda: trimtab.TokenLossOptions(chunk_size=0)),
-        (TypeError, "accum_dtype must be", lambda: trimtab.TokenLossOptions(accum_dtype=torch.int32)),
+        (
+            TypeError,
+            "accum_dtype must be",
+            lambda: trimtab.TokenLossOptions(accum_dtype=torch.int32),
+        ),
         (ValueError, "op_name must be one of", lambda: trimtab.explain("softmax", X)),
     ],
-)  # fmt: skip
+)
 def test_errors_of_the_other_operators(error, text, call):
     with pytest.raises(error, match=f"^{text}.*, got "):
         call()
@@ -286,8 +341,18 @@ def test_native_row_operators_check_what_they_are_given():
     tail = (-100, 1.0, 0.0, 0.0, 0.0)
     good = (X, target, None, None, *tail, loss, None)
     rows(*good)
-    for place, value in [(0, X.t()), (0, X[0]), (0, X.long()), (1, Y[:2]), (1, Y.int()), (2, torch.ones(2)),
-                         (3, torch.ones(3)), (9, torch.empty(4)), (9, loss.double()), (10, torch.empty(2, 4))]:  # fmt: skip
+    for place, value in [
+        (0, X.t()),
+        (0, X[0]),
+        (0, X.long()),
+        (1, Y[:2]),
+        (1, Y.int()),
+        (2, torch.ones(2)),
+        (3, torch.ones(3)),
+        (9, torch.empty(4)),
+        (9, loss.double()),
+        (10, torch.empty(2, 4)),
+    ]:
         bad = list(good)
         bad[place] = value
         with pytest.raises(RuntimeError, match="must"):
@@ -295,7 +360,7 @@ def test_native_row_operators_check_what_they_are_given():
 
 
 def test_a_bad_target_poisons_only_its_row():
-    """Without the check (CUDA's default) the kernel answers NaN and reads nothing outside the row."""
+    """Without the check (CUDA's default) the kernel answers NaN and stays inside the row."""
     target = torch.tensor([1, 4, -5])
     loss, grad = torch.empty(3), torch.empty(3, 4)
     torch.ops.trimtab.token_loss_rows(X, target, None, None, -100, 1.0, 0.0, 0.0, 0.0, loss, grad)

@@ -26,16 +26,26 @@ class Problem(NamedTuple):
     token_weight: Tensor  # (N,)
 
     def tensors(self, dtype: torch.dtype, bias: bool = True, token_weight: bool = True) -> list:
-        """The differentiable inputs in a dtype; token weights stay float32 (float64 for float64)."""
-        weights = self.token_weight.to(dtype if dtype == torch.float64 else torch.float32)
-        head = [self.input.to(dtype), self.weight.to(dtype), self.bias.to(dtype) if bias else None]
-        return [*head, weights if token_weight else None]
+        """The differentiable inputs in a dtype; token weights stay float32, or float64."""
+        results = torch.float64 if dtype == torch.float64 else torch.float32
+        return [
+            self.input.to(dtype, copy=True),
+            self.weight.to(dtype, copy=True),
+            self.bias.to(dtype, copy=True) if bias else None,
+            self.token_weight.to(results, copy=True) if token_weight else None,
+        ]
 
 
 def problem(
-    n: int = 37, d: int = 16, v: int = 63, dtype: torch.dtype = torch.float32, *, ignored: bool = True,
-    weight_shape: tuple[int, ...] = (), device: str = "cpu",
-) -> Problem:  # fmt: skip
+    n: int = 37,
+    d: int = 16,
+    v: int = 63,
+    dtype: torch.dtype = torch.float32,
+    *,
+    ignored: bool = True,
+    weight_shape: tuple[int, ...] = (),
+    device: str = "cpu",
+) -> Problem:
     """Random, with some targets ignored and token weights of both signs, one of them 0."""
     generator = torch.Generator().manual_seed(n * 1000 + v)
 
@@ -62,9 +72,14 @@ def check_linear_cross_entropy(
             input: Tensor, weight: Tensor, bias: Tensor | None, token_weight: Tensor | None
         ) -> Tensor:
             return trimtab.linear_cross_entropy(
-                input, weight, given.target.to(input.device), linear_bias=bias,
-                token_weight=token_weight, impl=impl, **options,
-            )  # fmt: skip
+                input,
+                weight,
+                given.target.to(input.device),
+                linear_bias=bias,
+                token_weight=token_weight,
+                impl=impl,
+                **options,
+            )
 
         return values_and_grads(loss, given.tensors(precision, bias, weighted))
 
@@ -72,8 +87,13 @@ def check_linear_cross_entropy(
     eager = run("reference", dtype)
     actual = run(case.impl, dtype)
     scales = term_magnitudes(given, bias, weighted, options)
-    names = ["loss", "input.grad", "weight.grad", *(["bias.grad"] if bias else []),
-             *(["token_weight.grad"] if weighted else [])]  # fmt: skip
+    names = [
+        "loss",
+        "input.grad",
+        "weight.grad",
+        *(["bias.grad"] if bias else []),
+        *(["token_weight.grad"] if weighted else []),
+    ]
     assert len(actual) == len(names)
     for name, ours, theirs, true in zip(names, actual, eager, truth, strict=True):
         assert_within_budget(ours, theirs, true, name=name, scale=scales.get(name, 0.0))
@@ -84,8 +104,8 @@ def term_magnitudes(
 ) -> dict[str, float]:
     """Sums of the magnitudes of the float64 terms behind each result, where their signs cancel.
 
-    Rounding is relative to these: a sum that happens to come out near 0 is no more exact for it. Eager's own
-    error is no stand-in for it there, since on a handful of numbers it is often 0 by luck.
+    Rounding is relative to these: a sum that happens to come out near 0 is no more exact for it.
+    Eager's own error is no stand-in there: on a handful of numbers it is often 0 by luck.
     """
     logits = torch.nn.functional.linear(given.input, given.weight, given.bias if bias else None)
     logits.requires_grad_()

@@ -46,7 +46,8 @@ TRIMTAB_HD float to_real(Float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t rest = uint32_t{x.bits & 0x7fffu};
   if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // Shifted into place, the exponent is 112 too small; the product restores it, subnormals included.
+  // Shifted into place, the exponent is 112 too small; the product restores it, subnormals
+  // included.
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f));
 }
 

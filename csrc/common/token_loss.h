@@ -3,8 +3,8 @@
 // With m = max z, y the target and s = z - m:
 //   rest = sum over v != y of exp(s_v),  total = rest + exp(s_y)
 //   nll = log(total) - s_y,  lse = m + log(total),  1 - p_y = rest / total
-// The target stays out of the sum, so that a confident row keeps its relative accuracy: with s_y = 0 the loss
-// is log1p(rest), and the target's gradient comes from rest / total, not from p_y - 1.
+// The target stays out of the sum, so that a confident row keeps its relative accuracy: with s_y =
+// 0 the loss is log1p(rest), and the target's gradient comes from rest / total, not from p_y - 1.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,8 @@
 
 namespace trimtab {
 
-// How a logit becomes z: softcap * tanh(scale * x / softcap) * inv_temperature; softcap 0 stands for none.
+// How a logit becomes z: softcap * tanh(scale * x / softcap) * inv_temperature; softcap 0 stands
+// for none.
 template <class Real>
 struct LogitTransform {
   Real scale;
@@ -32,12 +33,12 @@ struct LossOptions {
 template <class Real>
 struct RowSums {
   Real maximum;
-  Real rest;                // sum over v != y of exp(s_v)
-  Real target_shift;        // s_y
+  Real rest;                 // sum over v != y of exp(s_v)
+  Real target_shift;         // s_y
   Real target_class_weight;  // c_y, 1 without class weights
-  Real class_weight_sum;    // sum of c_v: V without class weights; only for smoothing
-  Real weighted_shift;      // sum of c_v s_v, a sum of one sign; only for smoothing
-  Real entropy_shift;       // sum of exp(s_v) s_v; only for the entropy
+  Real class_weight_sum;     // sum of c_v: V without class weights; only for smoothing
+  Real weighted_shift;       // sum of c_v s_v, a sum of one sign; only for smoothing
+  Real entropy_shift;        // sum of exp(s_v) s_v; only for the entropy
 };
 
 template <class Real>
@@ -89,8 +90,10 @@ struct RowGradient {
 };
 
 template <class Real>
-TRIMTAB_HD RowGradient<Real> loss_gradient(const RowSums<Real>& sums, const RowStatistics<Real>& row,
-                                           const LossOptions<Real>& options, int64_t classes, Real coef) {
+TRIMTAB_HD RowGradient<Real> loss_gradient(const RowSums<Real>& sums,
+                                           const RowStatistics<Real>& row,
+                                           const LossOptions<Real>& options, int64_t classes,
+                                           Real coef) {
   const Real smooth = options.label_smoothing / static_cast<Real>(classes);
   RowGradient<Real> gradient;
   gradient.pull = coef * (1 - options.label_smoothing) * sums.target_class_weight;
@@ -102,8 +105,9 @@ TRIMTAB_HD RowGradient<Real> loss_gradient(const RowSums<Real>& sums, const RowS
 }
 
 template <class Real>
-TRIMTAB_HD RowGradient<Real> logp_gradient(const RowSums<Real>& sums, const RowStatistics<Real>& row,
-                                           Real grad_logp, Real grad_entropy, Real grad_lse) {
+TRIMTAB_HD RowGradient<Real> logp_gradient(const RowSums<Real>& sums,
+                                           const RowStatistics<Real>& row, Real grad_logp,
+                                           Real grad_entropy, Real grad_lse) {
   const Real entropy = row_entropy(sums, row);
   return {-grad_logp, grad_lse - grad_entropy * (entropy - row.log_total), -grad_entropy, 0, 0};
 }

@@ -1,7 +1,8 @@
 // Vectors of the width that this file is compiled for, by the vector extensions of GCC and Clang.
 //
-// Every instruction set compiles its own copy, in a namespace of its own: an inline function that two of them
-// shared would be kept once by the linker, and the wrong one could run on an older processor.
+// Every instruction set compiles its own copy, in a namespace of its own: an inline function that
+// two of them shared would be kept once by the linker, and the wrong one could run on an older
+// processor.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,8 @@ inline To bits_of(From from) {
   return to;
 }
 
-// float: a vector. double: one number at a time, for checks against the oracle rather than for speed.
+// float: a vector. double: one number at a time, for checks against the oracle rather than for
+// speed.
 template <class Real>
 struct Lanes;
 
@@ -70,7 +72,8 @@ struct Lanes<float> {
   }
   static Vector load(const Float16* p) {
 #if TRIMTAB_WIDTH == 16
-    return bits_of<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return bits_of<Vector>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
     return bits_of<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -125,7 +128,9 @@ struct Lanes<float> {
   static Vector nearest_power(Vector x) {
     return (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
   }
-  static Vector remainder(Vector x, Vector n) { return (x - n * 0.693359375f) - n * -2.12194440e-4f; }
+  static Vector remainder(Vector x, Vector n) {
+    return (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  }
   static Vector power_of_two(Vector n) {
     return bits_of<Vector>((__builtin_convertvector(n, IntVector) + 127) << 23);
   }
@@ -136,8 +141,8 @@ struct Lanes<float> {
     const Vector e = (expm1_reduced(remainder(x, n)) + 1.0f) * power_of_two(n);
     return x < -87.3f ? Vector{} : e;
   }
-  // With E = exp(-2|x|): tanh|x| = (1 - E) / (1 + E) near 0, 1 - 2E / (1 + E) elsewhere, so that neither form
-  // cancels.
+  // With E = exp(-2|x|): tanh|x| = (1 - E) / (1 + E) near 0, 1 - 2E / (1 + E) elsewhere, so that
+  // neither form cancels.
   static Vector tanh(Vector x) {
     Vector twice = x < 0 ? 2.0f * x : -2.0f * x;
     twice = twice < -87.0f ? spread(-87.0f) : twice;

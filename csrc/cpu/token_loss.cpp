@@ -20,10 +20,14 @@ const RowTable& rows_for_this_processor() {
 template <class Element>
 const RowFunctions<Element>& functions() {
   static const RowTable& table = rows_for_this_processor();
-  if constexpr (std::is_same_v<Element, float>) return table.float32;
-  else if constexpr (std::is_same_v<Element, double>) return table.float64;
-  else if constexpr (std::is_same_v<Element, BFloat16>) return table.bfloat16;
-  else return table.float16;
+  if constexpr (std::is_same_v<Element, float>)
+    return table.float32;
+  else if constexpr (std::is_same_v<Element, double>)
+    return table.float64;
+  else if constexpr (std::is_same_v<Element, BFloat16>)
+    return table.bfloat16;
+  else
+    return table.float16;
 }
 
 // A thread gets at least this many elements: below, starting it costs more than it does.
@@ -65,15 +69,15 @@ template <class Element, class Rows>
 void set_grad(Rows& rows, const Tensor& logits, const Tensor* grad) {
   if (!grad) return;
   check_rows("grad", *grad, logits.size(0), logits.size(1));
-  STD_TORCH_CHECK(grad->scalar_type() == logits.scalar_type(), "grad must be of the dtype of logits");
-  rows.grad = static_cast<Element*>(grad->data_ptr());
+  STD_TORCH_CHECK(grad->scalar_type() == logits.scalar_type(), "grad must be of the dtype of
+  logits"); rows.grad = static_cast<Element*>(grad->data_ptr());
   rows.grad_stride = grad->stride(0);
 }
 
 void token_loss_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& coef,
                      const OptionalTensor& class_weight, int64_t ignore_index, double logit_scale,
-                     double softcap, double label_smoothing, double lse_square_scale, const Tensor& loss,
-                     const OptionalTensor& grad) {
+                     double softcap, double label_smoothing, double lse_square_scale,
+                     const Tensor& loss, const OptionalTensor& grad) {
   dispatch_floating("logits", logits, [&](auto tag) {
     using Element = typename decltype(tag)::type;
     using Real = typename Accumulate<Element>::type;
@@ -90,9 +94,9 @@ void token_loss_rows(const Tensor& logits, const Tensor& target, const OptionalT
     rows.label_smoothing = label_smoothing;
     rows.lse_square_scale = lse_square_scale;
     rows.loss = vector_of<Real>("loss", loss, count, real);
-    torch::stable::parallel_for(0, count, rows_per_thread(rows.classes), [&](int64_t begin, int64_t end) {
-      functions<Element>().loss(rows, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, count, rows_per_thread(rows.classes),
+        [&](int64_t begin, int64_t end) { functions<Element>().loss(rows, begin, end); });
   });
 }
 
@@ -114,21 +118,21 @@ LogpRows<Element> logp_arguments(const Tensor& logits, const Tensor& target,
 
 template <class Element>
 void run_logp(const LogpRows<Element>& rows, int64_t count) {
-  torch::stable::parallel_for(0, count, rows_per_thread(rows.classes), [&](int64_t begin, int64_t end) {
-    functions<Element>().logp(rows, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, count, rows_per_thread(rows.classes),
+      [&](int64_t begin, int64_t end) { functions<Element>().logp(rows, begin, end); });
 }
 
-void token_logp_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& inv_temperature,
-                     int64_t ignore_index, double logit_scale, double softcap, const Tensor& logp,
-                     const Tensor& entropy, const Tensor& lse, const Tensor& predicted,
-                     const OptionalTensor& grad) {
+void token_logp_rows(const Tensor& logits, const Tensor& target,
+                     const OptionalTensor& inv_temperature, int64_t ignore_index,
+                     double logit_scale, double softcap, const Tensor& logp, const Tensor& entropy,
+                     const Tensor& lse, const Tensor& predicted, const OptionalTensor& grad) {
   dispatch_floating("logits", logits, [&](auto tag) {
     using Element = typename decltype(tag)::type;
     using Real = typename Accumulate<Element>::type;
     constexpr ScalarType real = real_type<Element>;
-    auto rows = logp_arguments<Element>(logits, target, inv_temperature, ignore_index, logit_scale, softcap,
-                                        pointer_to(grad));
+    auto rows = logp_arguments<Element>(logits, target, inv_temperature, ignore_index, logit_scale,
+                                        softcap, pointer_to(grad));
     const int64_t count = logits.size(0);
     rows.logp = vector_of<Real>("logp", logp, count, real);
     rows.entropy = vector_of<Real>("entropy", entropy, count, real);
@@ -147,8 +151,8 @@ void token_logp_rows_backward(const Tensor& logits, const Tensor& target,
     using Element = typename decltype(tag)::type;
     using Real = typename Accumulate<Element>::type;
     constexpr ScalarType real = real_type<Element>;
-    auto rows = logp_arguments<Element>(logits, target, inv_temperature, ignore_index, logit_scale, softcap,
-                                        &grad);
+    auto rows = logp_arguments<Element>(logits, target, inv_temperature, ignore_index, logit_scale,
+                                        softcap, &grad);
     const int64_t count = logits.size(0);
     rows.grad_logp = optional_vector<Real>("grad_logp", grad_logp, count, real);
     rows.grad_entropy = optional_vector<Real>("grad_entropy", grad_entropy, count, real);
@@ -168,12 +172,15 @@ void accumulate(const OptionalTensor& accumulator, const Tensor& part, const Ten
       const bool same = tensor.scalar_type() == part.scalar_type();
       STD_TORCH_CHECK(same || tensor.scalar_type() == ScalarType::Float, argument,
                       " must be float32 or of the dtype of part");
-      if (same) narrow = static_cast<std::remove_reference_t<decltype(narrow)>>(tensor.data_ptr());
-      else wide = static_cast<std::remove_reference_t<decltype(wide)>>(tensor.data_ptr());
+      if (same)
+        narrow = static_cast<std::remove_reference_t<decltype(narrow)>>(tensor.data_ptr());
+      else
+        wide = static_cast<std::remove_reference_t<decltype(wide)>>(tensor.data_ptr());
     };
     STD_TORCH_CHECK(part.is_contiguous(), "part must be contiguous");
     sums.part = static_cast<const Element*>(part.data_ptr());
-    if (accumulator.has_value()) place("accumulator", *accumulator, sums.previous, sums.previous_wide);
+    if (accumulator.has_value())
+      place("accumulator", *accumulator, sums.previous, sums.previous_wide);
     place("out", out, sums.sum, sums.sum_wide);
     torch::stable::parallel_for(0, count, kElementsPerThread, [&](int64_t begin, int64_t end) {
       functions<Element>().add(sums, begin, end);

@@ -1,7 +1,7 @@
 // What one row operator does with a range of rows; see common/token_loss.h for the arithmetic.
 //
-// Each instruction set compiles token_loss_rows.inl into a table of these, and token_loss.cpp picks a table when
-// the library is loaded.
+// Each instruction set compiles token_loss_rows.inl into a table of these, and token_loss.cpp picks
+// a table when the library is loaded.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +46,8 @@ struct LogpRows {
   int64_t grad_stride;
 };
 
-// sum = previous + part, in float32, rounded once. `previous` and `sum` are float32 or of the part's type; of each
-// pair of pointers one is null, or for no previous sum both.
+// sum = previous + part, in float32, rounded once. `previous` and `sum` are float32 or of the
+// part's type; of each pair of pointers one is null, or for no previous sum both.
 template <class Element>
 struct PartialSum {
   const float* previous_wide;

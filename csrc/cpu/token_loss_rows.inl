@@ -1,7 +1,7 @@
 // The rows of token loss for one instruction set. Included by the files that are compiled for one.
 //
-// A row is swept three times: maximum, sums, gradient. It stays in the L2 cache meanwhile (64 KiB at V 32000 in
-// 16 bits), so memory sees one read and one write.
+// A row is swept three times: maximum, sums, gradient. It stays in the L2 cache meanwhile (64 KiB
+// at V 32000 in 16 bits), so memory sees one read and one write.
 
 #include <limits>
 #include <type_traits>
@@ -73,7 +73,9 @@ struct Transform {
   Real scale, softcap, inv_temperature;
 
   Transform(double logit_scale, double cap, Real inverse)
-      : scale(static_cast<Real>(logit_scale)), softcap(static_cast<Real>(cap)), inv_temperature(inverse) {}
+      : scale(static_cast<Real>(logit_scale)),
+        softcap(static_cast<Real>(cap)),
+        inv_temperature(inverse) {}
   Vector bent(Vector raw) const { return L::tanh(raw * scale / softcap); }
   Vector operator()(Vector raw) const {
     if constexpr (capped) return bent(raw) * softcap * inv_temperature;
@@ -89,8 +91,10 @@ struct Transform {
   Real of_one(Real raw) const { return first((*this)(L::spread(raw))); }
   Real slope_of_one(Real raw) const { return first(slope(L::spread(raw))); }
   static Real first(Vector x) {
-    if constexpr (L::width == 1) return x;
-    else return x[0];
+    if constexpr (L::width == 1)
+      return x;
+    else
+      return x[0];
   }
 };
 
@@ -115,8 +119,8 @@ enum class Extra { none, smoothing, entropy };
 
 // Sums over [begin, end), which leaves the target out.
 template <Extra extra, class Element, class T>
-void add_sums(const Element* row, int64_t begin, int64_t end, const T& transform, const RealOf<Element>* weight,
-              RowSums<RealOf<Element>>& sums) {
+void add_sums(const Element* row, int64_t begin, int64_t end, const T& transform,
+              const RealOf<Element>* weight, RowSums<RealOf<Element>>& sums) {
   using Real = RealOf<Element>;
   using L = Lanes<Real>;
   constexpr int64_t block = 64 * L::width;
@@ -147,8 +151,8 @@ void add_sums(const Element* row, int64_t begin, int64_t end, const T& transform
 }
 
 template <Extra extra, class Element, class T>
-RowSums<RealOf<Element>> row_sums(const Element* row, int64_t classes, int64_t target, const T& transform,
-                                  const RealOf<Element>* weight) {
+RowSums<RealOf<Element>> row_sums(const Element* row, int64_t classes, int64_t target,
+                                  const T& transform, const RealOf<Element>* weight) {
   using Real = RealOf<Element>;
   RowSums<Real> sums{};
   sums.maximum = row_maximum(row, classes, transform);
@@ -173,8 +177,8 @@ void write_gradient(const Element* row, int64_t classes, int64_t target, const T
                     const RowGradient<RealOf<Element>>& gradient, Element* grad) {
   using Real = RealOf<Element>;
   using L = Lanes<Real>;
-  const Real at_target = target_gradient(sums, statistics, gradient) *
-                         transform.slope_of_one(element(row, target));
+  const Real at_target =
+      target_gradient(sums, statistics, gradient) * transform.slope_of_one(element(row, target));
   const Real flat = gradient.pull + gradient.push, inverse = 1 / statistics.total;
   sweep(row, 0, classes, [&](auto raw, int64_t v, auto) {
     const auto shift = transform(raw) - sums.maximum;
@@ -194,7 +198,8 @@ void write_gradient(const Element* row, int64_t classes, int64_t target, const T
 template <class Element>
 void fill_row(Element* grad, int64_t classes, RealOf<Element> value) {
   using L = Lanes<RealOf<Element>>;
-  for (int64_t v = 0; v < classes; v += L::width) store_lanes(grad + v, L::spread(value), classes - v);
+  for (int64_t v = 0; v < classes; v += L::width)
+    store_lanes(grad + v, L::spread(value), classes - v);
 }
 
 template <class Element, bool capped, Extra extra>
@@ -211,17 +216,19 @@ void loss_row(const LossRows<Element>& rows, int64_t i) {
   if (!rows.grad) return;
   const Real coef = rows.coef ? rows.coef[i] : Real{1};
   const auto gradient = loss_gradient(sums, statistics, options, rows.classes, coef);
-  write_gradient(row, rows.classes, target, transform, rows.class_weight, sums, statistics, gradient,
-                 rows.grad + i * rows.grad_stride);
+  write_gradient(row, rows.classes, target, transform, rows.class_weight, sums, statistics,
+                 gradient, rows.grad + i * rows.grad_stride);
 }
 
 template <class Element>
 void loss_rows(const LossRows<Element>& rows, int64_t begin, int64_t end) {
   using Real = RealOf<Element>;
   constexpr auto none = Extra::none, smoothing = Extra::smoothing;
-  const auto one_row = rows.label_smoothing > 0
-                           ? (rows.softcap > 0 ? loss_row<Element, true, smoothing> : loss_row<Element, false, smoothing>)
-                           : (rows.softcap > 0 ? loss_row<Element, true, none> : loss_row<Element, false, none>);
+  const auto one_row =
+      rows.label_smoothing > 0
+          ? (rows.softcap > 0 ? loss_row<Element, true, smoothing>
+                              : loss_row<Element, false, smoothing>)
+          : (rows.softcap > 0 ? loss_row<Element, true, none> : loss_row<Element, false, none>);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t target = rows.target[i];
     if (target >= 0 && target < rows.classes && target != rows.ignore_index) {
@@ -235,7 +242,8 @@ void loss_rows(const LossRows<Element>& rows, int64_t begin, int64_t end) {
 }
 
 template <class Element, class T>
-int64_t argmax(const Element* row, int64_t classes, RealOf<Element> maximum, bool has_nan, const T& transform) {
+int64_t argmax(const Element* row, int64_t classes, RealOf<Element> maximum, bool has_nan,
+               const T& transform) {
   for (int64_t v = 0; v < classes; ++v) {
     const auto z = transform.of_one(element(row, v));
     if (has_nan ? z != z : z == maximum) return v;
@@ -320,8 +328,9 @@ constexpr RowFunctions<Element> functions() {
 #define TRIMTAB_TEXT(isa) TRIMTAB_TEXT_OF(isa)
 
 const RowTable TRIMTAB_ROW_TABLE(TRIMTAB_ISA) = {
-    TRIMTAB_ISA::functions<float>(),    TRIMTAB_ISA::functions<double>(),  TRIMTAB_ISA::functions<BFloat16>(),
-    TRIMTAB_ISA::functions<Float16>(), TRIMTAB_TEXT(TRIMTAB_ISA),
+    TRIMTAB_ISA::functions<float>(),    TRIMTAB_ISA::functions<double>(),
+    TRIMTAB_ISA::functions<BFloat16>(), TRIMTAB_ISA::functions<Float16>(),
+    TRIMTAB_TEXT(TRIMTAB_ISA),
 };
 
 }  // namespace trimtab

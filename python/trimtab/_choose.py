@@ -1,5 +1,6 @@
-"""Which implementation runs, and why: a pure function of the device, the dtype and what this install has.
+"""Which implementation runs, and why.
 
+A pure function of the device, the dtype and what this install has.
 It never looks at values, so that ``torch.compile`` traces through it.
 """
 
@@ -65,7 +66,7 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     if not _HAS_TRITON:
         return "Triton is not installed; `pip install triton` on Linux, or use impl='reference'"
     if device == "cpu" and not _INTERPRET:
-        return "Triton runs on CUDA tensors, and on CPU tensors only with TRITON_INTERPRET=1 set before import"
+        return "Triton runs on CUDA tensors; on a CPU set TRITON_INTERPRET=1 before the import"
     if device not in ("cpu", "cuda"):
         return f"no Triton kernels for device {device!r}"
     return (
@@ -96,7 +97,7 @@ def choose(op: str, device: str, dtype: torch.dtype, impl: str | None = None) ->
             return Choice(asked, "asked for")
         error = TypeError if "dtype" in problem else RuntimeError
         raise error(f"impl must be available for these inputs, got {asked!r}: {problem}")
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in ("native", "triton"):
         problem = why_not(candidate, op, device, dtype)
         # The interpreter is for tests: it is right and slow, so it is never chosen unasked.

@@ -18,7 +18,8 @@ def _load(name: str, how_to_build: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"not loaded: {name} does not load with torch {torch.__version__}: {error.__cause__ or error}"
+        cause = error.__cause__ or error
+        return f"not loaded: {name} does not load with torch {torch.__version__}: {cause}"
     return None
 
 

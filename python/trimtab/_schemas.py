@@ -1,23 +1,25 @@
 """Every operator of the package: its schema, and its fake for tracing.
 
-The operators exist in every install, whether or not a compiled library was built, so that tracing, fakes and
-error messages do not depend on the build. Two layers live here:
+The operators exist in every install, whether or not a compiled library was built, so that tracing,
+fakes and error messages do not depend on the build. Two layers live here:
 
-* ``*_rows`` operators mutate preallocated outputs and return nothing. The compiled libraries register them
-  (CPU, CUDA); the Triton launchers take the same arguments in the same order.
-* The others own a whole loop over chunks. They are opaque to ``torch.compile``, because the number of rows
-  that they work on depends on values. Their bodies stand in ``trimtab.ops``.
+* ``*_rows`` operators mutate preallocated outputs and return nothing. The compiled libraries
+  register them (CPU, CUDA); the Triton launchers take the same arguments in the same order.
+* The others own a whole loop over chunks. They are opaque to ``torch.compile``, because the number
+  of rows that they work on depends on values. Their bodies stand in ``trimtab.ops``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _LIB = torch.library.Library("trimtab", "DEF")
 
-# Shared by the row operators: the logits of a chunk become z = softcap * tanh(logit_scale * logits / softcap)
-# (softcap 0 stands for none), times inv_temperature[row] where there is one.
+# Shared by the row operators: z = softcap * tanh(logit_scale * logits / softcap), where softcap 0
+# stands for none, times inv_temperature[row] where there is one.
 _TRANSFORM = "int ignore_index, float logit_scale, float softcap"
 
 _LIB.define(
@@ -69,7 +71,7 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fill(like: Tensor, shape: tuple, needed: bool, dtype: torch.dtype) -> Tensor:
+def _fill(like: Tensor, shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape if needed else (0,), dtype=dtype)
 
 
@@ -81,49 +83,45 @@ for _rows in ("token_loss_rows", "token_logp_rows", "token_logp_rows_backward", 
 
 
 @torch.library.register_fake("trimtab::token_loss", lib=_LIB)
-def _(logits, target, coef, class_weight, ignore_index, logit_scale, softcap, label_smoothing,
-      lse_square_scale, with_grad, impl):  # fmt: skip
-    loss = logits.new_empty(target.shape, dtype=result_dtype(logits.dtype))
-    return loss, _fill(logits, tuple(logits.shape), with_grad, logits.dtype)
+def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    with_grad, dtype = options[-2], logits.dtype
+    loss = logits.new_empty(target.shape, dtype=result_dtype(dtype))
+    return loss, _fill(logits, logits.shape, with_grad, dtype)
 
 
 @torch.library.register_fake("trimtab::linear_token_loss", lib=_LIB)
-def _(input, weight, bias, target, coef, class_weight, ignore_index, logit_scale, softcap, label_smoothing,
-      lse_square_scale, needs_grad, skip_zero_coef, chunk_size, accum_dtype, compute_dtype, impl):  # fmt: skip
-    return (
-        input.new_empty(target.shape, dtype=result_dtype(compute_dtype)),
-        *_fake_grads(input, weight, bias, needs_grad),
-        input.new_empty((), dtype=result_dtype(compute_dtype)),
-    )
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    needs_grad, result = options[7], result_dtype(options[-2])
+    loss = input.new_empty(target.shape, dtype=result)
+    scale = input.new_empty((), dtype=result)
+    return (loss, *_fake_grads(input, weight, bias, needs_grad), scale)
 
 
 @torch.library.register_fake("trimtab::linear_token_logp", lib=_LIB)
-def _(input, weight, bias, target, inv_temperature, ignore_index, logit_scale, softcap, with_unit_grad,
-      chunk_size, compute_dtype, impl):  # fmt: skip
-    result = result_dtype(compute_dtype)
-    return (
-        *(input.new_empty(target.shape, dtype=result) for _ in range(3)),
-        input.new_empty(target.shape, dtype=torch.int64),
-        _fill(input, tuple(input.shape), with_unit_grad, compute_dtype),
-    )
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    with_unit_grad, compute_dtype = options[4], options[-2]
+    per_token = [input.new_empty(target.shape, dtype=result_dtype(compute_dtype)) for _ in range(3)]
+    predicted = input.new_empty(target.shape, dtype=torch.int64)
+    return (*per_token, predicted, _fill(input, input.shape, with_unit_grad, compute_dtype))
 
 
 @torch.library.register_fake("trimtab::linear_token_logp_backward", lib=_LIB)
-def _(input, weight, bias, target, inv_temperature, ignore_index, logit_scale, softcap, grad_logp,
-      grad_entropy, grad_lse, needs_grad, chunk_size, accum_dtype, compute_dtype, impl):  # fmt: skip
-    return _fake_grads(input, weight, bias, needs_grad)
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    return _fake_grads(input, weight, bias, options[7])
 
 
 def _fake_grads(
     input: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    like_bias = input if bias is None else bias
     return (
-        _fill(input, tuple(input.shape), needs_grad[0], input.dtype),
-        _fill(weight, tuple(weight.shape), needs_grad[1], weight.dtype),
-        _fill(
-            input,
-            (weight.shape[0],),
-            needs_grad[2],
-            bias.dtype if bias is not None else input.dtype,
-        ),
+        _fill(input, input.shape, needs_grad[0], input.dtype),
+        _fill(weight, weight.shape, needs_grad[1], weight.dtype),
+        _fill(input, weight.shape[:1], needs_grad[2], like_bias.dtype),
     )

@@ -1,7 +1,7 @@
 """What our tests and benchmarks, and those of packages built on ours, check results with.
 
-The budget is never a number picked by hand: a kernel may be as far from the float64 truth as eager PyTorch in
-the same dtype is, twice over, plus one rounding.
+The budget is never a number picked by hand: a kernel may be as far from the float64 truth as eager
+PyTorch in the same dtype is, twice over, plus one rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class BudgetError(AssertionError):
 
 
 def max_error(actual: Tensor, truth: Tensor) -> float:
-    """Largest element-wise distance; entries equal as infinities count as 0, a NaN on one side as infinity."""
+    """Largest element-wise distance; equal infinities count as 0, a NaN on one side as infinity."""
     actual, truth = actual.detach().double(), truth.detach().double()
     if actual.shape != truth.shape:
         raise BudgetError(f"shape {tuple(actual.shape)} where the truth has {tuple(truth.shape)}")
@@ -55,7 +55,7 @@ def assert_within_budget(
     dtype: torch.dtype | None = None,
     scale: float = 0.0,
 ) -> None:
-    """Raise ``BudgetError`` with the worst element if ``actual`` is outside its ``error_budget``."""
+    """Raise ``BudgetError``, naming the worst element, if ``actual`` is over its budget."""
     error = max_error(actual, truth)
     budget = error_budget(eager, truth, dtype or actual.dtype, scale)
     if error <= budget:
@@ -88,8 +88,8 @@ def values_and_grads(
     Args:
         function: what is under test.
         tensors: its differentiable inputs; fresh leaves are made of them, None is passed on.
-        upstream: makes the upstream gradient of an output; by default one that is not uniform, changes
-            sign and begins with 0, since a kernel that reads it as a scalar passes anything else.
+        upstream: makes the upstream gradient of an output; by default ``uneven``, since a kernel
+            that reads it as a scalar passes anything else.
     """
     leaves = [
         None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in tensors
@@ -104,7 +104,7 @@ def values_and_grads(
 
 
 def uneven(output: Tensor) -> Tensor:
-    """An upstream gradient for ``output`` that begins with 0, changes sign and has no two equal values.
+    """An upstream gradient that begins with 0, changes sign and has no two equal values.
 
     A scalar gets 0.37: the code that a gradient of 1 skips has to run.
     """
@@ -116,8 +116,8 @@ def uneven(output: Tensor) -> Tensor:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within it, new uninitialised floating tensors hold NaN, so that what nobody writes is seen."""
-    originals = {
+    """New uninitialised floating tensors hold NaN within it, so that what nobody writes shows."""
+    originals: dict[tuple[Any, str], Any] = {
         (torch, "empty"): torch.empty,
         (torch, "empty_like"): torch.empty_like,
         (Tensor, "new_empty"): Tensor.new_empty,

@@ -1,8 +1,9 @@
 """Token loss in eager PyTorch: the oracle. Any floating dtype, any device, twice differentiable.
 
-For every token t with logits row ``z``, target ``y``, class weights ``c`` (ones without) and smoothing ``s``::
+For every token t with target ``y``, class weights ``c`` (ones without) and smoothing ``s``::
 
-    z   = softcap * tanh(logit_scale * (x W^T + b) / softcap)      (no softcap: logit_scale * (x W^T + b))
+    z   = softcap * tanh(logit_scale * (x W^T + b) / softcap)
+    z   = logit_scale * (x W^T + b)                               without a softcap
     lse = log sum_v exp(z_v)
     l_t = (1 - s) c_y (lse - z_y) + s / V * sum_v c_v (lse - z_v) + lse_square_scale * lse**2
 
@@ -75,7 +76,7 @@ def token_logp(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (N,)
-    """``logp``, ``entropy``, ``lse`` and the index of the largest logit; 0, 0, 0 and -1 where ignored."""
+    """``logp``, ``entropy``, ``lse`` and the argmax; 0, 0, 0 and -1 where ignored."""
     logits = transform_logits(logits, logit_scale, softcap)
     if inv_temperature is not None:
         logits = logits * inv_temperature.unsqueeze(-1)

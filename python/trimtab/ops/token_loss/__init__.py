@@ -1,10 +1,11 @@
 """Token loss: per-token (and K-fold) loss weighting fused with the LM head.
 
-Costs are counted in units of one N x D x V product (2 N D V FLOP), for N tokens, hidden size D, vocabulary V.
+Costs are counted in products of N x D x V (2 N D V FLOP): N tokens, hidden size D, vocabulary V.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from trimtab.ops.token_loss._functions import (
     WeightedLoss,
 )
 from trimtab.ops.token_loss._inputs import NOTHING_IGNORED, TokenLossOptions
-from trimtab.ops.token_loss._weights import Coefficients, reduce_tokens, token_coefficients
+from trimtab.ops.token_loss._weights import reduce_tokens, token_coefficients
 from trimtab.reference import token_loss as reference
 
 __all__ = [
@@ -80,37 +81,42 @@ def linear_cross_entropy(
     impl: str | None = None,
     options: TokenLossOptions | None = None,
 ) -> Tensor:
-    """Cross entropy of a linear head, weighted per token, with one chunk of logits in memory at a time.
+    """Cross entropy of a linear head, weighted per token, with one chunk of logits in memory.
 
-    Per token, with ``z = softcap * tanh(logit_scale * (x W^T + b) / softcap)`` (without a softcap
-    ``z = logit_scale * (x W^T + b)``), class weights ``c``, smoothing ``s`` and ``lse = log sum_v exp(z_v)``::
+    With ``z = softcap * tanh(logit_scale * (x W^T + b) / softcap)`` (``logit_scale * (x W^T + b)``
+    without a softcap), class weights ``c``, smoothing ``s``, ``lse = log sum_v exp(z_v)``::
 
         l_t  = (1 - s) c_y (lse - z_y) + s / V * sum_v c_v (lse - z_v) + lse_square_scale * lse**2
         loss = sum_t token_weight_t * l_t / normalizer
 
-    With ``token_weight``, ``softcap``, ``lse_square_scale`` and ``logit_scale`` left alone it equals
-    ``torch.nn.functional.linear_cross_entropy`` for index targets, as float32 (float64 for float64 inputs).
+    With ``token_weight``, ``softcap``, ``lse_square_scale`` and ``logit_scale`` left alone it
+    equals ``torch.nn.functional.linear_cross_entropy`` for index targets, as float32 (float64 for
+    float64 inputs).
 
-    Cost: 3 products for a scalar loss (forward and backward; the weights enter the forward pass, so nothing
-    is made twice), 2 with the head frozen and any upstream gradient, 4 for ``reduction="none"`` or K > 1
-    losses with a trained head, 1 without gradients. Rows whose target is ignored or whose every token weight
-    is 0 cost nothing, unless ``token_weight`` requires grad. Memory beyond inputs and gradients: one chunk
-    of logits, and a (V, D) buffer in ``options.accum_dtype`` when a 16-bit head takes three or more chunks
-    (on CUDA: always).
+    Cost: 3 products for a scalar loss (forward and backward; the weights enter the forward pass, so
+    nothing is made twice), 2 with the head frozen and any upstream gradient, 4 with a trained head
+    for ``reduction="none"`` or K > 1 losses, 1 without gradients. Rows whose target is ignored or
+    whose every token weight is 0 cost nothing, unless ``token_weight`` requires grad. Memory beyond
+    inputs and gradients: one chunk of logits, and a (V, D) buffer in ``options.accum_dtype`` when a
+    16-bit head takes three or more chunks (on CUDA: always).
 
     Args:
         input: hidden states, float32, bfloat16, float16 or float64.
-        linear_weight: the head, same dtype as ``input`` unless under autocast. Also torch's K-dimensional
-            ``(V, d1, ..., D)`` with ``target`` ``(N, d1, ...)``; then the logits are made at once.
+        linear_weight: the head, same dtype as ``input`` unless under autocast. Also torch's
+            K-dimensional ``(V, d1, ..., D)`` with ``target`` ``(N, d1, ...)``; then the logits are
+            made at once.
         target: int64 class indices.
         linear_bias: bias of the head.
         weight: class weights, constants.
-        token_weight: any sign, kept in float32, differentiable: the gradient of loss k for weight (k, t) is
-            ``l_t / normalizer_k``. K vectors give K losses: shape ``(K,)`` for mean and sum, ``(K, ...)`` for none.
+        token_weight: any sign, kept in float32, differentiable: the gradient of loss k for weight
+            (k, t) is ``l_t / normalizer_k``. K vectors give K losses: shape ``(K,)`` for mean and
+            sum, ``(K, ...)`` for none.
         reduction: "mean", "sum" or "none".
-        normalizer: divisor of the mean in place of torch's (the number of tokens not ignored; with class
-            weights the sum of theirs): a number, a tensor, or "token_weight" for the sum of the token weights.
-        ignore_index: target that gives 0 loss and 0 gradient, whatever its token weight; None is -100.
+        normalizer: divisor of the mean in place of torch's (the number of tokens not ignored; with
+            class weights the sum of theirs): a number, a tensor, or "token_weight" for the sum of
+            the token weights.
+        ignore_index: target that gives 0 loss and 0 gradient, whatever its token weight; None is
+            -100.
         label_smoothing: in [0, 1].
         softcap: bound of the logits (Gemma), or None.
         logit_scale: factor of the logits (Cohere, Granite).
@@ -121,7 +127,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, device or value that does not fit.
         TypeError: a dtype that does not fit.
-        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless ``TRIMTAB_CHECK=1``.
+        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless
+            ``TRIMTAB_CHECK=1``.
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
     if linear_weight.dim() > 2:
@@ -162,6 +169,7 @@ def linear_cross_entropy(
     head_args = HeadArguments(options.chunk_size, options.accum_dtype, head.compute_dtype, chosen)
     needs = _needs(head.input, head.weight, head.bias)
     if reduction != "none" and (count is None or count == 1):
+        assert coefficients.values is not None, "a reduction has a coefficient for every token"
         coef = coefficients.values.reshape(-1)
         skip = options.skip_zero_weight and not coef.requires_grad
         loss = WeightedLoss.apply(
@@ -201,11 +209,11 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy of logits that exist already, weighted per token.
 
-    Formula, weights, reductions and errors are those of ``linear_cross_entropy``; shapes are those of
-    ``torch.nn.functional.cross_entropy`` for index targets (classes in dimension 1).
+    Formula, weights, reductions and errors are those of ``linear_cross_entropy``; shapes are those
+    of ``torch.nn.functional.cross_entropy`` for index targets (classes in dimension 1).
 
-    Cost: one read of the logits forward; one read and one write backward. No copy of the logits is made
-    unless their classes are not the last, contiguous dimension.
+    Cost: one read of the logits forward; one read and one write backward. No copy of the logits is
+    made unless their classes are not the last, contiguous dimension.
 
     Args:
         input: logits, float32, bfloat16, float16 or float64.
@@ -224,7 +232,8 @@ def cross_entropy(
     Raises:
         ValueError: a shape, device or value that does not fit.
         TypeError: a dtype that does not fit.
-        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless ``TRIMTAB_CHECK=1``.
+        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless
+            ``TRIMTAB_CHECK=1``.
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
     inputs.check_floating("input", input)
@@ -280,10 +289,12 @@ def linear_logp(
 
     With ``z`` as in ``linear_cross_entropy``, divided by the temperature::
 
-        lse_t = log sum_v exp(z_v),   logp_t = z_y - lse_t,   entropy_t = lse_t - sum_v softmax(z)_v z_v
+        lse_t     = log sum_v exp(z_v)
+        logp_t    = z_y - lse_t
+        entropy_t = lse_t - sum_v softmax(z)_v z_v
 
-    Cost in products: 1 without gradients, 4 with (the upstreams are known only in backward), 3 with the head
-    frozen, or 2 where only ``logp`` has an upstream then. Ignored tokens cost nothing.
+    Cost in products: 1 without gradients, 4 with (the upstreams are known only in backward), 3 with
+    the head frozen, or 2 where only ``logp`` has an upstream then. Ignored tokens cost nothing.
 
     Args:
         input: hidden states, float32, bfloat16, float16 or float64.
@@ -299,12 +310,14 @@ def linear_logp(
         options: chunk size and accumulation dtype; ``skip_zero_weight`` has no meaning here.
 
     Returns:
-        ``TokenLogp(logp, entropy, lse, predicted)``, float32 (float64 for float64 inputs) and int64.
+        ``TokenLogp(logp, entropy, lse, predicted)``, float32 (float64 for float64 inputs) and
+        int64.
 
     Raises:
         ValueError: a shape, device or value that does not fit.
         TypeError: a dtype that does not fit.
-        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless ``TRIMTAB_CHECK=1``.
+        IndexError: a target outside the vocabulary. On CUDA such a row gives NaN, unless
+            ``TRIMTAB_CHECK=1``.
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
     softcap_or_0 = inputs.check_scalars(softcap=softcap, logit_scale=logit_scale)
@@ -316,8 +329,9 @@ def linear_logp(
     if chosen == "reference":
         inputs.check_target_range(head.target, ignored, linear_weight.shape[0])
         outputs = reference.token_logp(
-            F.linear(head.input, head.weight, head.bias), head.target, inv_temperature=inv_temperature,
-            ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap,
+            F.linear(head.input, head.weight, head.bias), head.target,
+            inv_temperature=inv_temperature, ignore_index=ignore_index, logit_scale=logit_scale,
+            softcap=softcap,
         )  # fmt: skip
     else:
         outputs = LinearLogp.apply(
@@ -347,8 +361,8 @@ def linear_logp_ratio(
 ) -> LogpRatio:
     """Log-probability ratio of two linear heads per token: ``log p(y) - log p_ref(y)``.
 
-    The reference side is detached: it costs one product and keeps nothing for backward. The policy side
-    costs what ``linear_logp`` costs.
+    The reference side is detached: it costs one product and keeps nothing for backward. The policy
+    side costs what ``linear_logp`` costs.
 
     Args:
         input: hidden states of the policy.
@@ -397,14 +411,14 @@ def _choice_of_cross_entropy(arguments: dict[str, Any]) -> Choice:
     return choose("cross_entropy", logits.device.type, logits.dtype, arguments["impl"])
 
 
-CHOICES = {
+def _choice_for_head(op: str) -> Callable[[dict[str, Any]], Choice]:
+    return lambda arguments: inputs.choice_for_head(op, arguments)
+
+
+CHOICES: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], Choice]]] = {
     "cross_entropy": (cross_entropy, _choice_of_cross_entropy),
-    **{
-        function.__name__: (
-            function,
-            lambda arguments, op=function.__name__: inputs.choice_for_head(op, arguments),
-        )
-        for function in (linear_cross_entropy, linear_logp, linear_logp_ratio)
-    },
+    "linear_cross_entropy": (linear_cross_entropy, _choice_for_head("linear_cross_entropy")),
+    "linear_logp": (linear_logp, _choice_for_head("linear_logp")),
+    "linear_logp_ratio": (linear_logp_ratio, _choice_for_head("linear_logp_ratio")),
 }
 """Public operator -> (function, what ``explain`` answers for its arguments)."""

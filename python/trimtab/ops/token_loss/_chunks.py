@@ -1,6 +1,6 @@
-"""The loop over chunks of rows: the products around the row kernels, one chunk of logits at a time.
+"""The loop over chunks of rows: products around row kernels, one chunk of logits at a time.
 
-Cost, in units of one N x D x V product: 1 for the logits, 1 more for each gradient (input, head) that is
+Cost in products of N x D x V: 1 for the logits, 1 more for each gradient (input, head) that is
 needed. Rows that can't contribute are left out of all of them.
 """
 
@@ -47,8 +47,8 @@ def rows_per_chunk(
 ) -> int:
     """Rows of logits in memory at a time, in chunks of nearly equal size.
 
-    Each chunk reads and writes the head's gradient once, which its products have to outweigh. On a CPU
-    with bfloat16 matrix units that took 1,024 rows (512 rows: 20 % slower at D 1024, V 32000).
+    Each chunk reads and writes the head's gradient once, which its products have to outweigh. On a
+    CPU with bfloat16 matrix units that took 1,024 rows.
     """
     if chunk_size is None:
         chunk_size = (
@@ -61,7 +61,7 @@ def rows_per_chunk(
 def active_rows(target: Tensor, ignore_index: int, coef: Tensor | None) -> Tensor | None:
     """Indices of the rows that can contribute, or None for all of them.
 
-    The number of them decides the shapes that follow, so on CUDA this waits for the stream once; under
+    Their number decides the shapes that follow, so on CUDA this waits for the stream once; under
     graph capture that is not possible, and every row is computed.
     """
     if target.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -106,13 +106,28 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Any:
 
 @torch.library.impl("trimtab::linear_token_loss", "CompositeExplicitAutograd")
 def linear_token_loss(
-    input, weight, bias, target, coef, class_weight, ignore_index, logit_scale, softcap, label_smoothing,
-    lse_square_scale, needs_grad, skip_zero_coef, chunk_size, accum_dtype, compute_dtype, impl,
-):  # fmt: skip
-    """Loss per token and, in the same pass, the gradients of ``sum(coef * loss)`` (``coef`` None: ones).
+    input: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    coef: Tensor | None,  # (N,)
+    class_weight: Tensor | None,  # (V,)
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float,
+    label_smoothing: float,
+    lse_square_scale: float,
+    needs_grad: list[bool],
+    skip_zero_coef: bool,
+    chunk_size: int | None,
+    accum_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Loss per token and, in the same pass, the gradients of ``sum(coef * loss)``.
 
-    Gradients come divided by ``grad_scale``, a power of two that keeps small coefficients inside float16's
-    range and is 1 for every other dtype.
+    Without ``coef`` it counts as ones. Gradients come divided by ``grad_scale``, a power of two
+    that keeps small coefficients inside float16's range and is 1 for every other dtype.
     """
     check_target_range(target, ignore_index, weight.shape[0])
     kernels = row_kernels(impl)
@@ -142,10 +157,20 @@ def linear_token_loss(
 
 @torch.library.impl("trimtab::linear_token_logp", "CompositeExplicitAutograd")
 def linear_token_logp(
-    input, weight, bias, target, inv_temperature, ignore_index, logit_scale, softcap, with_unit_grad,
-    chunk_size, compute_dtype, impl,
-):  # fmt: skip
-    """Log-probability, entropy, lse and argmax per token and, where asked, ``d logp_t / d input_t``."""
+    input: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    inv_temperature: Tensor | None,  # (N,)
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float,
+    with_unit_grad: bool,
+    chunk_size: int | None,
+    compute_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Log-probability, entropy, lse, argmax and, where asked, ``d logp_t / d input_t``."""
     check_target_range(target, ignore_index, weight.shape[0])
     kernels = row_kernels(impl)
     logp = input.new_zeros(target.shape, dtype=result_dtype(compute_dtype))
@@ -170,8 +195,8 @@ def linear_token_logp(
     ):
         parts = [values.new_empty(chunk.target.shape) for values in (logp, entropy, lse, predicted)]
         kernels.token_logp_rows(
-            chunk.logits, chunk.target, chunk.pick(inv_temperature), ignore_index, logit_scale, softcap,
-            *parts, chunk.logits if with_unit_grad else None,
+            chunk.logits, chunk.target, chunk.pick(inv_temperature), ignore_index, logit_scale,
+            softcap, *parts, chunk.logits if with_unit_grad else None,
         )  # fmt: skip
         for values, part in zip((logp, entropy, lse, predicted), parts, strict=True):
             values[chunk.rows] = part
@@ -181,12 +206,26 @@ def linear_token_logp(
 
 @torch.library.impl("trimtab::linear_token_logp_backward", "CompositeExplicitAutograd")
 def linear_token_logp_backward(
-    input, weight, bias, target, inv_temperature, ignore_index, logit_scale, softcap, grad_logp,
-    grad_entropy, grad_lse, needs_grad, chunk_size, accum_dtype, compute_dtype, impl,
-):  # fmt: skip
+    input: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    inv_temperature: Tensor | None,  # (N,)
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float,
+    grad_logp: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
+    grad_lse: Tensor | None,  # (N,)
+    needs_grad: list[bool],
+    chunk_size: int | None,
+    accum_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, ...]:
     """Gradients for upstreams that only backward knows: the logits are made again."""
     kernels = row_kernels(impl)
-    upstream = [grad_logp, grad_entropy, grad_lse]
+    upstream: list[Tensor | None] = [grad_logp, grad_entropy, grad_lse]
     scale = None
     if compute_dtype == torch.float16:
         scale = _power_of_two_below(*upstream)
@@ -200,8 +239,8 @@ def linear_token_logp_backward(
         input, head, _cast(bias, compute_dtype), target, rows, chunk_size, compute_dtype
     ):
         kernels.token_logp_rows_backward(
-            chunk.logits, chunk.target, chunk.pick(inv_temperature), ignore_index, logit_scale, softcap,
-            *(chunk.pick(grad) for grad in upstream), chunk.logits,
+            chunk.logits, chunk.target, chunk.pick(inv_temperature), ignore_index, logit_scale,
+            softcap, *(chunk.pick(grad) for grad in upstream), chunk.logits,
         )  # fmt: skip
         gradients.add(chunk.rows, chunk.input, chunk.logits, head, chunk.last)
     grads = gradients.finish()
@@ -210,9 +249,18 @@ def linear_token_logp_backward(
 
 @torch.library.impl("trimtab::token_loss", "CompositeExplicitAutograd")
 def token_loss(
-    logits, target, coef, class_weight, ignore_index, logit_scale, softcap, label_smoothing,
-    lse_square_scale, with_grad, impl,
-):  # fmt: skip
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N,)
+    coef: Tensor | None,  # (N,)
+    class_weight: Tensor | None,  # (V,)
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float,
+    label_smoothing: float,
+    lse_square_scale: float,
+    with_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
     """Loss per token from logits that exist already, and the gradient of ``sum(coef * loss)``."""
     check_target_range(target, ignore_index, logits.shape[-1])
     if logits.stride(-1) != 1:
@@ -228,8 +276,8 @@ def token_loss(
 
 def _power_of_two_below(*values: Tensor | None) -> Tensor:
     """The power of two that brings the largest magnitude into [1, 2): exact to divide by."""
-    largest = torch.stack([value.abs().amax() for value in values if value is not None and value.numel()] or
-                          [torch.ones(())]).amax()  # fmt: skip
+    given = [value for value in values if value is not None and value.numel() > 0]
+    largest = torch.stack([value.abs().amax() for value in given] or [torch.ones(())]).amax()
     usable = torch.isfinite(largest) & (largest > 0)
     _, exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)))
     return torch.ldexp(torch.ones_like(largest), exponent - 1)

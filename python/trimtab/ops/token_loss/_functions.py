@@ -1,9 +1,9 @@
 """Autograd around the chunked operators.
 
-Two shapes of the same loss. When the coefficient of every token is known in the forward pass and the result
-is one number, its gradients are made there: three products. When the upstream gradient is known only in
-backward (one value per token), the logits are made again: four products; or, with the head frozen, the
-gradient of each row is kept unscaled and only scaled in backward: two.
+Two shapes of the same loss. When the coefficient of every token is known in the forward pass and
+the result is one number, its gradients are made there: three products. When the upstream gradient
+is known only in backward (one value per token), the logits are made again: four products; or, with
+the head frozen, the gradient of each row is kept unscaled and only scaled in backward: two.
 """
 
 from __future__ import annotations
@@ -73,11 +73,30 @@ class WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, input, weight, bias, coef, target, class_weight, needs, skip, loss_args, head_args
-    ):
+        ctx: Any,
+        input: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        coef: Tensor,  # (N,)
+        target: Tensor,  # (N,)
+        class_weight: Tensor | None,  # (V,)
+        needs: tuple[bool, ...],
+        skip_zero_coef: bool,
+        loss_args: LossArguments,
+        head_args: HeadArguments,
+    ) -> Tensor:
         """One product for the loss and one for each gradient that is needed."""
         loss, *grads, scale = torch.ops.trimtab.linear_token_loss.default(
-            input, weight, bias, target, coef, class_weight, *loss_args, needs[:3], skip, *head_args
+            input,
+            weight,
+            bias,
+            target,
+            coef,
+            class_weight,
+            *loss_args,
+            needs[:3],
+            skip_zero_coef,
+            *head_args,
         )
         ctx.save_for_backward(input, weight, bias, coef, target, class_weight, loss, *grads, scale)
         ctx.needs, ctx.loss_args = needs, loss_args
@@ -85,7 +104,7 @@ class WeightedLoss(torch.autograd.Function):
         return (coef * loss).sum()
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         """Scale what the forward pass made."""
         input, weight, bias, coef, target, class_weight, loss, *grads, scale = ctx.saved_tensors
         if wants_double_backward():
@@ -107,7 +126,7 @@ class WeightedLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """``grad * factor``: in place when nothing needs ``grad`` again, and not at all for a 1 on a CPU."""
+    """``grad * factor``, in place when nothing needs ``grad`` again; a 1 on a CPU costs nothing."""
     if graph_is_kept():
         return (grad * factor).to(grad.dtype)
     if grad.device.type == "cpu" and float(factor) == 1.0:
@@ -120,8 +139,17 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, input, weight, bias, target, active, class_weight, needs, loss_args, head_args
-    ):
+        ctx: Any,
+        input: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        target: Tensor,  # (N,)
+        active: Tensor | None,  # (N,)
+        class_weight: Tensor | None,  # (V,)
+        needs: tuple[bool, ...],
+        loss_args: LossArguments,
+        head_args: HeadArguments,
+    ) -> Tensor:
         """One product; with the head frozen two, and no more in backward."""
         ctx.head_is_frozen = needs[0] and not (needs[1] or needs[2])
         loss, unit, *_ = torch.ops.trimtab.linear_token_loss.default(
@@ -133,8 +161,8 @@ class TokenLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
-        """The recomputed logits and one product per gradient; with the head frozen, a scaling of rows."""
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        """The logits again and one product per gradient; a scaling of rows with the head frozen."""
         input, weight, bias, target, class_weight, unit = ctx.saved_tensors
         if wants_double_backward():
             logits = _logits(input, weight, bias, ctx.head_args.compute_dtype)
@@ -159,8 +187,8 @@ class TokenLoss(torch.autograd.Function):
         )
 
 
-def _scale_rows(rows: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """``rows[t] * factor[t]``, rounded once. An ignored token's factor may be NaN: its row stays 0."""
+def _scale_rows(rows: Tensor, factor: Any, target: Tensor, ignore_index: int) -> Tensor:
+    """``rows[t] * factor[t]``, rounded once; 0 for an ignored token, whose factor may be NaN."""
     factor = factor.masked_fill(target == ignore_index, 0.0)
     return torch.mul(rows, factor.unsqueeze(-1)).to(rows.dtype)
 
@@ -169,7 +197,14 @@ class RowLoss(torch.autograd.Function):
     """``l_t`` per row of logits that exist already."""
 
     @staticmethod
-    def forward(ctx, logits, target, class_weight, loss_args, impl):
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # (N, V)
+        target: Tensor,  # (N,)
+        class_weight: Tensor | None,  # (V,)
+        loss_args: LossArguments,
+        impl: str,
+    ) -> Tensor:
         """One read of the logits."""
         loss, _ = torch.ops.trimtab.token_loss.default(
             logits, target, None, class_weight, *loss_args, False, impl
@@ -179,7 +214,7 @@ class RowLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         """One read of the logits and one write of their gradient."""
         logits, target, class_weight = ctx.saved_tensors
         if wants_double_backward():
@@ -197,14 +232,24 @@ class LinearLogp(torch.autograd.Function):
     """Log-probability, entropy, lse and argmax of each token."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, inv_temperature, needs, transform, head_args):
+    def forward(
+        ctx: Any,
+        input: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        target: Tensor,  # (N,)
+        inv_temperature: Tensor | None,  # (N,)
+        needs: tuple[bool, ...],
+        transform: tuple[int, float, float],
+        head_args: HeadArguments,
+    ) -> tuple[Tensor, ...]:
         """One product; with the head frozen two."""
         ctx.set_materialize_grads(False)
         ctx.head_is_frozen = needs[0] and not (needs[1] or needs[2])
         chunk_size, _, compute_dtype, impl = head_args
         *outputs, predicted, unit = torch.ops.trimtab.linear_token_logp.default(
-            input, weight, bias, target, inv_temperature, *transform, ctx.head_is_frozen, chunk_size,
-            compute_dtype, impl,
+            input, weight, bias, target, inv_temperature, *transform, ctx.head_is_frozen,
+            chunk_size, compute_dtype, impl,
         )  # fmt: skip
         ctx.mark_non_differentiable(predicted)
         ctx.save_for_backward(input, weight, bias, target, inv_temperature, unit)
@@ -212,8 +257,14 @@ class LinearLogp(torch.autograd.Function):
         return (*outputs, predicted)
 
     @staticmethod
-    def backward(ctx, grad_logp, grad_entropy, grad_lse, _):
-        """One product more than the gradients needed; none for ``logp`` alone with the head frozen."""
+    def backward(  # type: ignore[override]
+        ctx: Any,
+        grad_logp: Tensor | None,  # (N,)
+        grad_entropy: Tensor | None,  # (N,)
+        grad_lse: Tensor | None,  # (N,)
+        _: Any,
+    ) -> Any:
+        """The logits again and one product per gradient; none for a frozen head's ``logp``."""
         input, weight, bias, target, inv_temperature, unit = ctx.saved_tensors
         upstream = [
             None if grad is None else grad.contiguous()
@@ -229,13 +280,17 @@ class LinearLogp(torch.autograd.Function):
             used = [
                 (out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None
             ]
-            outputs, upstream = zip(*used, strict=True)
-            return (
-                *through_reference(outputs, (input, weight, bias), ctx.needs, upstream),
-                *[None] * 5,
+            grads = through_reference(
+                [out for out, _ in used],
+                (input, weight, bias),
+                ctx.needs,
+                [grad for _, grad in used],
             )
+            return (*grads, *[None] * 5)
+        if all(grad is None for grad in upstream):
+            return (None,) * 8
         if ctx.head_is_frozen and grad_entropy is None and grad_lse is None:
-            grad = _scale_rows(unit, grad_logp, target, ctx.transform[0])
+            grad = _scale_rows(unit, upstream[0], target, ctx.transform[0])
             return (grad.to(input.dtype), *[None] * 7)
         grads = torch.ops.trimtab.linear_token_logp_backward.default(
             input,

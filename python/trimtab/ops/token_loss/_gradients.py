@@ -1,4 +1,4 @@
-"""Sums the gradients of a linear head over chunks, without a second buffer where the library can."""
+"""Sums a linear head's gradients over chunks, without a second buffer where the library can."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ class HeadGradients:
     """Gradients of ``sum_t l_t`` for the input, the head's weight and its bias.
 
     ``add`` takes each chunk's gradient for the logits. What is not needed is neither computed nor
-    allocated. The head's gradient is summed in ``accum_dtype`` or the dtype of the products, whichever
-    is wider.
+    allocated. The head's gradient is summed in ``accum_dtype`` or the products' dtype if wider.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class HeadGradients:
             self._add_weight_sliced(grad_logits, input, last)
 
     def _add_weight_wide(self, grad_logits: Tensor, input: Tensor) -> None:
-        """cuBLAS reads 16-bit operands and adds to float32: no partial result is rounded."""
+        """By cuBLAS, which reads 16-bit operands and adds to float32: no part is rounded."""
         beta = 0 if self.sum is None else 1
         if self.sum is None:
             wide = self.weight.dtype == torch.float32
@@ -111,7 +110,7 @@ class HeadGradients:
         )
 
     def _add_weight_sliced(self, grad_logits: Tensor, input: Tensor, last: bool) -> None:
-        """Torch's CPU products can't widen their result, so each slice is summed while it is in cache.
+        """Torch's CPU products can't widen their result: each slice is summed while in cache.
 
         A wider buffer is made only for the second of three or more chunks.
         """

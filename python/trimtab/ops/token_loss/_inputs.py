@@ -64,7 +64,7 @@ class Head(NamedTuple):
 
 
 def bad(argument: str, expected: str, got: object, remedy: str) -> ValueError:
-    """The package's one form of ValueError. Built only when raised: formatting sizes breaks tracing."""
+    """The package's form of ValueError; made only to be raised: formatting breaks graphs."""
     return ValueError(f"{argument} must be {expected}, got {got}; {remedy}")
 
 
@@ -77,7 +77,7 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
         raise bad("linear_weight", "non-empty", tuple(weight.shape),
                   "a sharded (ZeRO-3, FSDP) weight has to be gathered first")  # fmt: skip
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
-        raise bad("input", f"of shape (..., {weight.shape[1]}) to fit linear_weight", tuple(input.shape),
+        raise bad("input", f"of shape (..., {weight.shape[1]})", tuple(input.shape),
                   "check which hidden states belong to this head")  # fmt: skip
     check_target(target, input.shape[:-1])
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -147,7 +147,7 @@ def check_class_weight(weight: Tensor | None, classes: int, like: Tensor) -> Ten
     check_floating("weight", weight)
     if weight.requires_grad:
         raise bad("weight", "without gradient", "requires_grad=True",
-                  "class weights are constants: use weight.detach(); token_weight= is differentiable")  # fmt: skip
+                  "class weights are constants: weight.detach(), or token_weight=")  # fmt: skip
     check_devices(like, {"weight": weight})
     return weight.to(result_dtype(like.dtype)).contiguous()
 
@@ -177,7 +177,7 @@ def check_reduction(
         return
     if reduction != "mean":
         raise bad("normalizer", "None unless reduction='mean'", repr(normalizer),
-                  f"it is the mean's divisor; divide the {reduction!r} result yourself")  # fmt: skip
+                  f"it divides the mean; divide the {reduction!r} result yourself")  # fmt: skip
     if isinstance(normalizer, str) and normalizer != "token_weight":
         raise bad("normalizer", "a number, a tensor or 'token_weight'", repr(normalizer),
                   "None divides by the number of tokens")  # fmt: skip
@@ -191,7 +191,7 @@ def check_reduction(
 
 
 def check_token_weight(token_weight: Tensor | None, target: Tensor) -> int | None:
-    """Shape of the token weights. Returns K for ``(K,) + target.shape``, None for ``target``'s shape."""
+    """Shape of the token weights: K for ``(K,) + target.shape``, None for ``target``'s shape."""
     if token_weight is None:
         return None
     check_floating("token_weight", token_weight)
@@ -206,14 +206,14 @@ def check_token_weight(token_weight: Tensor | None, target: Tensor) -> int | Non
 
 
 def looks_at_values(tensor: Tensor) -> bool:
-    """Whether checks may read the tensor: on a CPU, or on CUDA when ``TRIMTAB_CHECK=1`` asks for it."""
+    """Whether checks may read the tensor: on a CPU, elsewhere only with ``TRIMTAB_CHECK=1``."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("TRIMTAB_CHECK") == "1"
 
 
 def check_target_range(target: Tensor, ignore_index: int, classes: int) -> None:
-    """Raise IndexError for a target outside the vocabulary; unchecked, a kernel answers with NaN."""
+    """IndexError for a target outside the vocabulary; unchecked, a kernel answers with NaN."""
     if not looks_at_values(target):
         return
     out_of_range = ((target < 0) | (target >= classes)) & (target != ignore_index)
@@ -244,7 +244,8 @@ def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | Non
         )
     check_devices(head.target, {"temperature": temperature})
     if temperature.dim() > 0 and temperature.shape != head.shape:
-        raise bad("temperature", f"a number or of shape {tuple(head.shape)}", tuple(temperature.shape),
+        shape = tuple(head.shape)
+        raise bad("temperature", f"a number or of shape {shape}", tuple(temperature.shape),
                   "one temperature per token")  # fmt: skip
     if looks_at_values(temperature) and bool((temperature <= 0).any()):
         raise bad(

@@ -1,4 +1,4 @@
-"""From token weights and the reduction to one coefficient per token, differentiable in the weights."""
+"""From token weights and the reduction to one coefficient per token, differentiably."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Coefficients(NamedTuple):
     divisor: Tensor | None  # (), (K,) or None: what the values were divided by
 
     def active(self) -> Tensor | None:
-        """1 for the tokens that any weight lets through, else 0; None where the weights decide nothing."""
+        """1 for the tokens that any weight lets through, else 0; None if weights decide nothing."""
         if self.values is None or self.values.requires_grad:
             return None
         nonzero = self.values.detach() != 0
@@ -88,9 +88,10 @@ def reduce_tokens(
     count: int | None,
     shape: torch.Size,
 ) -> Tensor:
-    """The loss from the unweighted loss of each token: shape (), (K,), ``shape`` or (K,) + ``shape``."""
+    """The loss from each token's unweighted loss: (), (K,), ``shape`` or (K,) + ``shape``."""
     leading = () if count is None else (count,)
     if reduction == "none":
         weighted = tokens if coefficients.values is None else coefficients.values * tokens
         return weighted.reshape((*leading, *shape))
+    assert coefficients.values is not None, "a reduction has a coefficient for every token"
     return coefficients.finish((coefficients.values * tokens).sum(-1), count)

@@ -1,0 +1,353 @@
+"""Section: Capability Salience Vector. Which tokens' losses tell what a model can do?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trimtab
+from trimtab.algorithms.capability_salience import CapabilitySalience, row_token_ids
+from trimtab.algorithms.salience_plots import plot_predictions, plot_tokens, tokens_html
+from trimtab.demo.corpus import DOMAINS, windows
+from trimtab.demo.figures import draw_curves, draw_held_out, draw_token_kinds
+from trimtab.demo.laws import (
+    DOMAIN,
+    LAWS,
+    MEAN,
+    SALIENCE,
+    Measurements,
+    Outcome,
+    compare,
+    fit_mean_law,
+    fit_salience,
+    splits,
+)
+from trimtab.demo.section import (
+    Block,
+    Context,
+    Heading,
+    Paragraph,
+    Result,
+    Section,
+    Snippet,
+    Table,
+)
+from trimtab.demo.tasks import measure
+from trimtab.demo.verdict import Duel, by_split, overall, verdict
+
+_LEAST_COUNT = 10  # times that a token id stands in the validation text, to be listed
+_LISTED = 10
+
+
+def run(context: Context) -> Result:
+    """Measures the family, fits the laws, predicts what was held out, shows the salient tokens."""
+    text = validation_text(context)
+    data = measure_family(context, text)
+    ways = splits([c for c in data.checkpoints], context.settings.plan)
+    n_folds = sum(len(way.held) for way in ways)
+    with context.timed("salience: fits"), context.bar(n_folds + 1, "fitting", "fold") as bar:
+        outcomes = [compare(data, way, bar.update) for way in ways]
+        everyone = torch.ones(len(data.checkpoints), dtype=torch.bool)
+        final = fit_salience(data, everyone, ways[0].labels)
+        bar.update()
+    duels = {law: _duels(outcomes, law, data, context.seed) for law in (MEAN, DOMAIN)}
+    sentences = [
+        verdict("the mean loss", duels[MEAN]),
+        verdict("the loss of the task's own domain", duels[DOMAIN]),
+        overall(duels[MEAN], duels[DOMAIN]),
+    ]
+    with context.timed("salience: figures"):
+        blocks = [
+            *_about_models(context, data),
+            *_about_predictions(context, data, outcomes, duels),
+            *_about_tokens(context, data, text, final),
+        ]
+    return Result(
+        sentences,
+        _summary_table(outcomes, data),
+        blocks,
+        _numbers(data, outcomes, duels, final, sentences),
+    )
+
+
+def validation_text(context: Context) -> Tensor:  # (S, T)
+    """The fixed held-out text: as many windows of prose as of code, prose first."""
+    settings = context.settings
+    splits_of_text = context.corpus.splits["validation"]
+    parts = [windows(splits_of_text[domain].ids, settings.plan.context) for domain in DOMAINS]
+    n = min(settings.validation_windows, *map(len, parts))
+    return torch.cat([torch.from_numpy(part[:n].copy()) for part in parts])
+
+
+def measure_family(context: Context, text: Tensor) -> Measurements:
+    """Loss of every validation token and accuracy on every task, for every checkpoint."""
+    family, tasks = context.family, context.tasks
+    nll, accuracy = [], []
+    with (
+        context.timed("salience: evaluation"),
+        context.bar(len(family.checkpoints), "evaluating", "model") as bar,
+    ):
+        for checkpoint in family.checkpoints:
+            model = family.model(checkpoint)
+            nll.append(trimtab.token_nll(model, text, batch_size=32))
+            accuracy.append(measure(model, tasks))
+            bar.update()
+    half = nll[0].numel() // 2
+    own = {"prose": slice(0, half), "code": slice(half, None)}
+    return Measurements(
+        family.checkpoints,
+        torch.stack(nll),
+        torch.tensor(accuracy, dtype=torch.float64),
+        [task.name for task in tasks],
+        [task.chance for task in tasks],
+        [own[task.domain] for task in tasks],
+    )
+
+
+def _duels(outcomes: list[Outcome], law: str, data: Measurements, seed: int) -> list[Duel]:
+    found = []
+    for outcome in outcomes:
+        confidence = outcome.confidence(law, data, seed).tolist()
+        ours, other = outcome.mse(SALIENCE, data).tolist(), outcome.mse(law, data).tolist()
+        found += [
+            Duel(outcome.split, *row)
+            for row in zip(data.tasks, ours, other, confidence, strict=True)
+        ]
+    return found
+
+
+def _summary_table(outcomes: list[Outcome], data: Measurements) -> Table:
+    rows = []
+    for outcome in outcomes:
+        r2 = {law: outcome.r2(law, data).tolist() for law in LAWS}
+        mse = {law: outcome.mse(law, data).tolist() for law in LAWS}
+        for index, task in enumerate(data.tasks):
+            cells = [f"{r2[law][index]:.3f}" for law in LAWS]
+            cells += [f"{1e3 * mse[law][index]:.2f}" for law in LAWS]
+            rows.append([outcome.split, task, *cells])
+    header = ["held out", "task", *(f"R²: {law}" for law in LAWS)]
+    header += [f"MSE x 1000: {law}" for law in LAWS]
+    return Table(
+        "Accuracy of models that the fit has not seen, predicted by four laws that differ in what "
+        "goes into the same sigmoid. R² is over all held-out models of the row.",
+        header,
+        rows,
+        labels=2,
+    )
+
+
+def _about_models(context: Context, data: Measurements) -> list[Block]:
+    plan, corpus = context.settings.plan, context.corpus
+    characters = ", ".join(f"{n / 1e6:.1f} million of {d}" for d, n in corpus.n_characters.items())
+    introduction = (
+        f"Text: {corpus.n_files} files of the standard library, {characters} characters; a BPE "
+        f"tokenizer with {corpus.vocabulary} token ids was trained on them. Models: "
+        f"{len(plan.runs)} training runs ({len(plan.mixtures)} mixtures of prose and code x "
+        f"{len(plan.sizes)} sizes of Llama), {len(plan.steps)} checkpoints each, trained with "
+        "trimtab.linear_cross_entropy. Training, validation text and tasks use different files."
+    )
+    tasks = [
+        [task.name, task.domain, task.question, str(len(task.items)), f"{task.chance:.2f}"]
+        for task in context.tasks
+    ]
+    # The spread of a share over n questions, at its widest.
+    noise = max(0.5 / math.sqrt(len(task.items)) for task in context.tasks)
+    rows = []
+    mean = {d: data.nll[:, c].mean(1) for d, c in _domain_columns(data).items()}
+    for index, c in enumerate(data.checkpoints):
+        if c.step == plan.steps[-1]:
+            losses = [f"{mean[domain][index]:.2f}" for domain in DOMAINS]
+            scores = [f"{a:.3f}" for a in data.accuracy[index].tolist()]
+            row = [c.run.mixture.name, c.run.size.name, f"{c.parameters:,}", f"{c.tokens:,}"]
+            rows.append([*row, *losses, *scores])
+    header = ["mixture", "size", "parameters", "tokens", *(f"loss: {d}" for d in DOMAINS)]
+    curves = draw_curves(data, plan)
+    return [
+        Heading("Models and tasks"),
+        Paragraph(introduction),
+        Table(
+            "Tasks: multiple choice by likelihood on held-out text. A measured accuracy is within "
+            f"about {noise:.3f} (one standard error) of what endless questions would give.",
+            ["task", "domain", "question", "questions", "chance"],
+            tasks,
+            labels=3,
+        ),
+        Table(
+            "The last checkpoint of every run: mean loss in nats per token, and accuracy.",
+            [*header, *data.tasks],
+            rows,
+            labels=2,
+        ),
+        context.save(
+            curves,
+            "salience_mean_loss",
+            "Accuracy over the mean loss of the whole validation text, one point per checkpoint. "
+            "Where colours lie apart, models with the same mean loss differ in accuracy, and no "
+            "law from mean loss can tell them apart.",
+        ),
+    ]
+
+
+def _about_predictions(
+    context: Context, data: Measurements, outcomes: list[Outcome], duels: dict[str, list[Duel]]
+) -> list[Block]:
+    method = (
+        "Models are held out by whole runs, by whole mixtures, or the largest size is predicted "
+        "from the smaller ones. Nothing about held-out models enters a fit; the regularization is "
+        "chosen by cross-validation among the models of the fit. Clearly better or worse means: in "
+        f"{95} of 100 resamplings of the runs."
+    )
+    rows = [[s] for law, words in ((MEAN, "the mean loss"), (DOMAIN, "the loss of its own domain"))
+            for s in by_split(words, duels[law])]
+    plan = context.settings.plan
+    larger = torch.tensor([c.run.size == plan.sizes[-1] for c in data.checkpoints])
+    vector = fit_salience(data, ~larger, data.run[~larger])
+    by_size = plot_predictions(
+        vector, data.nll, data.accuracy, held_out=larger,
+        baseline=fit_mean_law(data, ~larger), names=data.tasks,
+    )  # fmt: skip
+    return [
+        Heading("Predicting what was held out"),
+        Paragraph(method),
+        *(Paragraph(row[0]) for row in rows),
+        context.save(
+            draw_held_out(data, outcomes),
+            "salience_held_out",
+            "Held-out accuracy, predicted against measured. Each point is a checkpoint whose whole "
+            "run, mixture or size was left out of the fit.",
+        ),
+        context.save(
+            by_size,
+            "salience_larger",
+            "The largest size predicted from the smaller ones: fitted models and held-out models.",
+        ),
+    ]
+
+
+def _about_tokens(
+    context: Context, data: Measurements, text: Tensor, final: CapabilitySalience
+) -> list[Block]:
+    pieces = context.corpus.pieces
+    ids = row_token_ids(text)
+    columns = _domain_columns(data)
+    rows = []
+    for index, task in enumerate(data.tasks):
+        weight = final.salience[index].double()
+        shares = [f"{100 * weight[columns[d]].sum().item():.0f}" for d in DOMAINS]
+        effective = math.exp(math.log(len(weight)) - final.kl[index].item())
+        regularization = final.regularization[index]
+        rows.append([task, *shares, f"{effective:,.0f}", f"{regularization:g}"])
+    table = Table(
+        f"Where the weight of {len(ids):,} validation tokens lies. Effective tokens: N times "
+        "exp(-KL to uniform weights); with uniform weights it is all of them.",
+        ["task", *(f"on {d}, %" for d in DOMAINS), "effective tokens", "regularization"],
+        rows,
+    )
+    blocks: list[Block] = [Heading("Which tokens count"), table]
+    blocks.append(
+        context.save(
+            draw_token_kinds(token_kinds(final.salience, ids, pieces), data.tasks),
+            "salience_tokens",
+            f"Mean weight over uniform weight of token ids that occur at least {_LEAST_COUNT} "
+            "times in the validation text: the most salient and the least. ␣ is a space, ↵ a line "
+            "break.",
+        )
+    )
+    uniform = 1.0 / len(ids)
+    length = text.shape[1] - 1
+    passages = [1 * length, (len(text) // 2 + 1) * length]
+    where = torch.cat([torch.arange(start, start + length) for start in passages])
+    words = [pieces[i] for i in ids[where].tolist()]
+    for index, task in enumerate(data.tasks):
+        weight = final.salience[index][where]
+        caption = (
+            f"A passage of prose and one of code under {task!r}: orange weighs more than uniform, "
+            "blue less."
+        )
+        blocks.append(Snippet(tokens_html(words, weight, uniform=uniform), caption))
+        figure = plot_tokens(words, weight, uniform=uniform, columns=100, title=task)
+        context.save(figure, f"salience_text_{task}", caption)
+    return blocks
+
+
+def token_kinds(
+    salience: Tensor, ids: Tensor, pieces: list[str]
+) -> list[list[tuple[str, float]]]:
+    """Per task, token ids by mean weight over uniform weight: the most salient, then the least."""
+    counts = torch.bincount(ids, minlength=len(pieces))
+    frequent = (counts >= _LEAST_COUNT).nonzero()[:, 0]
+    found = []
+    for weight in salience.double():
+        sums = torch.zeros(len(pieces), dtype=torch.float64).index_add_(0, ids, weight)
+        ratio = sums[frequent] / counts[frequent] * len(ids)
+        order = ratio.argsort(descending=True, stable=True).tolist()
+        chosen = order[:_LISTED] + order[_LISTED:][-_LISTED:]
+        found.append([(pieces[int(frequent[i])], float(ratio[i])) for i in chosen])
+    return found
+
+
+def _domain_columns(data: Measurements) -> dict[str, slice]:
+    half = data.nll.shape[1] // 2
+    return {DOMAINS[0]: slice(0, half), DOMAINS[1]: slice(half, None)}
+
+
+def _numbers(
+    data: Measurements,
+    outcomes: list[Outcome],
+    duels: dict[str, list[Duel]],
+    final: CapabilitySalience,
+    sentences: list[str],
+) -> dict[str, Any]:
+    columns = _domain_columns(data)
+    checkpoints = [
+        {
+            "mixture": c.run.mixture.name,
+            "size": c.run.size.name,
+            "step": c.step,
+            "tokens": c.tokens,
+            "parameters": c.parameters,
+            "flop": c.flop,
+            "loss": {d: data.nll[i, columns[d]].mean().item() for d in DOMAINS},
+            "accuracy": dict(zip(data.tasks, data.accuracy[i].tolist(), strict=True)),
+        }
+        for i, c in enumerate(data.checkpoints)
+    ]
+    held_out = {
+        outcome.split: {
+            task: {
+                law: {
+                    "r2": outcome.r2(law, data)[i].item(),
+                    "mse": outcome.mse(law, data)[i].item(),
+                }
+                for law in LAWS
+            }
+            for i, task in enumerate(data.tasks)
+        }
+        for outcome in outcomes
+    }
+    return {
+        "verdict": sentences,
+        "tasks": dict(zip(data.tasks, data.chance, strict=True)),
+        "validation_tokens": data.nll.shape[1],
+        "checkpoints": checkpoints,
+        "held_out": held_out,
+        "regularization": {o.split: o.regularization for o in outcomes},
+        "salience_against": {law: [vars(d) | {"result": d.result} for d in found]
+                             for law, found in duels.items()},
+        "fitted_on_all": {
+            task: {
+                "alpha": final.alpha[i].item(),
+                "beta": final.beta[i].item(),
+                "kl": final.kl[i].item(),
+                "regularization": final.regularization[i],
+                "weight_on": {d: final.salience[i, columns[d]].sum().item() for d in DOMAINS},
+            }
+            for i, task in enumerate(data.tasks)
+        },
+    }
+
+
+SECTION = Section("salience", "Capability Salience Vector: which tokens tell what a model can do", run)

@@ -1,0 +1,475 @@
+"""The benchmark's own arithmetic: truth, gate, turns, memory, replay, targets, report. No times."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import platform
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+try:
+    cases, figures, machine, measure, providers, report, targets = (
+        importlib.import_module(name)
+        for name in ("cases_token_loss", "figures", "machine", "measure", "providers_token_loss",
+                     "report", "targets")
+    )  # fmt: skip
+finally:
+    sys.path.remove(str(ROOT / "bench"))
+
+MODES = list(cases.MODES)
+MIB = 2**20
+
+
+def small(mode: str, dtype: str = "float32") -> Any:
+    return cases.Case(mode, dtype, 40, 16, 96, "cpu")
+
+
+def step_of(name: str, case: Any) -> Any:
+    return next(p for p in providers.PROVIDERS if p.name == name).step(case)
+
+
+def task_of(case: Any) -> Any:
+    inputs = cases.make_inputs(case)
+    return measure.Task(
+        inputs, inputs, cases.truth(case, inputs), lambda out: cases.sample(case, inputs, out),
+        case.dtype, case.device,
+    )  # fmt: skip
+
+
+# The truth, the work and who takes part
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_truth_is_what_eager_gives_in_float64(mode):
+    case = small(mode)
+    inputs = cases.make_inputs(case)
+    exact = inputs._replace(
+        **{
+            name: tensor.detach().double().requires_grad_(tensor.requires_grad)
+            for name, tensor in inputs._asdict().items()
+            if tensor is not None and tensor.is_floating_point()
+        }
+    )
+    found = cases.sample(case, inputs, step_of("eager", case)(exact))
+    truth = cases.truth(case, inputs)
+    assert set(found) == set(truth)
+    for name, value in truth.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_floor_makes_the_products_that_are_counted(mode):
+    case = small(mode)
+    inputs = cases.make_inputs(case)
+    with FlopCounterMode(display=False) as counter:
+        step_of(providers.FLOOR, case)(inputs)
+    assert counter.get_total_flops() == case.flop
+
+
+def test_half_the_tokens_are_half_the_work():
+    half, full = small("half"), small("weighted")
+    inputs = cases.make_inputs(half)
+    counted = (inputs.target != cases.IGNORED) & (inputs.token_weight != 0)
+    assert int(counted.sum()) == half.active_rows == full.active_rows // 2
+    assert half.flop == full.flop // 2
+    assert bool((inputs.target == cases.IGNORED).any())
+    assert bool((inputs.token_weight == 0).any())
+
+
+def test_bytes_are_one_read_of_the_inputs_and_one_write_of_the_gradients():
+    n, d, v = 40, 16, 96
+    assert small("weighted").bytes == 4 * 2 * (n * d + v * d)
+    assert small("frozen").bytes == 4 * (2 * n * d + v * d)
+    assert small("logp", "bfloat16").bytes == 2 * (n * d + v * d)
+    assert small("rows").bytes == 4 * 2 * n * v
+
+
+def test_data_is_the_same_for_every_mode_and_copies_share_nothing():
+    first, second = (cases.make_inputs(small(mode)) for mode in ("weighted", "none"))
+    assert torch.equal(first.x, second.x)
+    assert torch.equal(first.head, second.head)
+    copied = first.copy()
+    assert copied.x.requires_grad
+    assert torch.equal(copied.head, first.head)
+    assert copied.head.data_ptr() != first.head.data_ptr()
+
+
+def test_whoever_does_not_run_says_why():
+    for provider in providers.PROVIDERS:
+        for mode in MODES:
+            reason = provider.reason(small(mode), full=False)
+            assert reason is None or len(reason) > 10
+    triton = next(p for p in providers.PROVIDERS if p.name == "trimtab triton")
+    assert "never timed" in triton.reason(small("weighted"), full=True)
+
+
+def test_every_target_is_a_case_of_the_suite():
+    suites = {"cpu": cases.cases("cpu"), "h200": cases.cases("cuda")}
+    names = {p.name for p in providers.PROVIDERS}
+    for target in targets.TARGETS:
+        found = [c for c in suites[target.machine] if list(target.shape) == c.describe()["shape"]]
+        assert any(c.mode == target.mode and c.dtype_name == target.dtype for c in found), target
+        assert target.provider is None or target.provider in names
+    assert figures.FLOOR == providers.FLOOR
+    assert set(report.MODES_IN_WORDS) == set(MODES)
+
+
+# The gate
+
+
+def broken(outputs: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
+    if how == "missing result":
+        return {"loss": outputs["loss"]}
+    changed = {name: value.clone() for name, value in outputs.items()}
+    if how == "wrong divisor":
+        return {name: value * 40 / 39 for name, value in changed.items()}
+    if how == "chunk left out":
+        changed["grad_input"][-10:] = 0
+    elif how == "one class twice":
+        changed["grad_weight"][-1] *= 2
+    elif how == "not a number":
+        changed["grad_weight"][0, 0] = float("nan")
+    return changed
+
+
+def contest(case: Any, *others: Any) -> dict[str, Any]:
+    eager = measure.Contender("eager", step_of("eager", case))
+    return measure.race(task_of(case), eager, others, measure.QUICK)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "how", ["missing result", "wrong divisor", "chunk left out", "one class twice", "not a number"]
+)
+def test_a_wrong_contender_is_not_timed(how, dtype):
+    case = small("weighted", dtype)
+    right = step_of("trimtab reference", case)
+    wrong = measure.Contender("wrong", lambda inputs: broken(right(inputs), how))
+    outcomes = contest(case, wrong, measure.Contender("right", right))
+    assert outcomes["wrong"].status == "wrong"
+    assert outcomes["wrong"].seconds == ()
+    assert outcomes["wrong"].reason
+    assert outcomes["right"].status == "timed"
+    assert set(outcomes["right"].errors) == {"loss", "grad_input", "grad_weight"}
+
+
+def test_a_dropped_weight_is_not_timed():
+    case = small("weighted")
+    right = step_of("trimtab reference", case)
+
+    def unweighted(inputs: Any) -> Any:
+        return right(inputs._replace(token_weight=torch.ones_like(inputs.token_weight)))
+
+    assert contest(case, measure.Contender("wrong", unweighted))["wrong"].status == "wrong"
+
+
+def test_a_contender_that_raises_is_reported_and_the_others_go_on():
+    def fails(inputs: Any) -> Any:
+        raise RuntimeError("no kernel for this shape\nand a long trace")
+
+    case = small("mean")
+    right = measure.Contender("right", step_of("trimtab reference", case))
+    outcomes = contest(case, measure.Contender("fails", fails), right)
+    assert outcomes["fails"].status == "failed"
+    assert outcomes["fails"].reason == "RuntimeError: no kernel for this shape"
+    assert outcomes["right"].status == "timed"
+
+
+def test_without_eager_there_is_no_yardstick():
+    def fails(inputs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    case = small("mean")
+    right = measure.Contender("right", step_of("trimtab reference", case))
+    outcomes = measure.race(
+        task_of(case), measure.Contender("eager", fails), [right], measure.QUICK
+    )
+    assert {outcome.status for outcome in outcomes.values()} == {"failed"}
+    assert "yardstick" in outcomes["right"].reason
+
+
+# Turns, memory, rotation and replay
+
+
+def test_contenders_take_turns_and_each_begins_once(monkeypatch):
+    order: list[str] = []
+
+    def logged(step: Any, inputs: Any) -> Any:
+        return lambda: order.append(step.__name__) or 1.0
+
+    monkeypatch.setattr(measure, "wall_round", logged)
+    entries = []
+    for name, rounds in (("a", 4), ("b", 4), ("slow", 2)):
+        step = lambda inputs: {}  # noqa: E731
+        step.__name__ = name
+        entries.append(measure._Entry(measure.Contender(name, step), {}))
+        entries[-1].rounds = rounds
+    measure._time_in_turns(entries, task_of(small("mean")))
+    assert order == ["a", "b", "slow", "b", "slow", "a", "a", "b", "a", "b"]
+    assert [len(entry.seconds) for entry in entries] == [4, 4, 2]
+
+
+def test_slow_contenders_take_fewer_rounds():
+    effort = measure.Effort(seconds=5.0, least=3, most=15)
+    assert [effort.rounds(s) for s in (1e-3, 1.0, 2.4, 5.0, 11.0)] == [15, 5, 3, 2, 1]
+
+
+def test_quantiles_are_numpys():
+    samples = [5.0, 1.0, 4.0, 2.5, 9.0, 7.0]
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert measure.quantile(samples, share) == pytest.approx(numpy.quantile(samples, share))
+
+
+def test_the_clock_replays_what_was_measured():
+    clock = measure.ReplayClock()
+    clock.load([0.25, 1.5])
+    lasted = []
+    for _ in range(2):
+        start = clock.now()
+        clock.spend()
+        lasted.append(clock.now() - start)
+    assert lasted == pytest.approx([0.25, 1.5])
+
+
+def test_extra_memory_is_the_peak_beyond_inputs_and_results():
+    if not measure._reset_peak():
+        pytest.skip("this system does not reset the peak of resident memory")
+
+    def call() -> dict[str, torch.Tensor]:
+        passing = torch.ones(96 * MIB // 4)
+        return {"kept": torch.ones(32 * MIB // 4), "sum": passing.sum()}
+
+    call()
+    _, seconds, extra = measure.timed_peak(call, "cpu")
+    assert extra / MIB == pytest.approx(96, abs=4)
+    assert seconds > 0
+
+
+def test_inputs_rotate_past_the_cache_and_stay_in_memory():
+    inputs = cases.make_inputs(small("weighted"))
+    size = sum(tensor.nbytes for tensor in inputs if tensor is not None)
+    plenty = 1000 * size
+    assert len(measure.rotated(inputs, size, plenty)) == 3
+    assert len(measure.rotated(inputs, size // 100, plenty)) == 1
+    assert len(measure.rotated(inputs, 100 * size, plenty)) == 16
+    assert len(measure.rotated(inputs, 100 * size, 4 * size)) == 3
+    pointers = [copy.head.data_ptr() for copy in measure.rotated(inputs, size, plenty)]
+    assert len(set(pointers)) == 3
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: a graph that records launches, events that tick 1 ms a call."""
+
+    def __init__(self, capturable: bool) -> None:
+        self.capturable, self.launched, self.captured = capturable, [], []
+        self.capturing, self.clock = False, 0.0
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+                self.at = None
+
+            def record(self) -> None:
+                self.at = outer.clock
+
+            def synchronize(self) -> None:
+                assert self.at is not None
+
+            def elapsed_time(self, end: Any) -> float:
+                return end.at - self.at
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                outer.launched += outer.captured
+                outer.clock += len(outer.captured)
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+        self.Stream = lambda: self
+        self.current_stream = lambda: self
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def stream(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, pool: Any) -> Any:
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def step(self, inputs: Any) -> None:
+        if self.capturing:
+            if not self.capturable:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.captured.append(inputs)
+        else:
+            self.launched.append(inputs)
+            self.clock += 1.0
+
+
+@pytest.mark.parametrize(
+    ("capturable", "pool", "timing"),
+    [(True, "pool", "graph"), (False, "pool", "events"), (True, None, "events")],
+)
+def test_a_round_on_cuda_goes_round_the_copies(capturable, pool, timing):
+    cuda = FakeCuda(capturable)
+    run, how = measure.cuda_round(cuda.step, ["a", "b", "c"], 7, pool, cuda)
+    cuda.launched.clear()
+    assert run() == pytest.approx(1e-3)
+    assert how == timing
+    assert cuda.launched == list("abcabca")
+
+
+# Names, targets and the report
+
+
+def test_machines_are_named_by_what_they_are():
+    xeon = "Intel(R) Xeon(R) Processor @ 2.60GHz"
+    flags = {"avx2", "avx512f", "amx_tile"}
+    assert machine.machine_name(xeon, 2, flags, None) == "xeon-2core-avx512-amx"
+    epyc = "AMD EPYC 7763 64-Core Processor"
+    assert machine.machine_name(epyc, 8, {"avx2"}, None) == "epyc-7763-8core-avx2"
+    assert machine.machine_name(xeon, 2, flags, "NVIDIA H200") == "h200"
+    assert machine.machine_name(xeon, 2, set(), "NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb"
+
+
+def test_the_header_names_no_host():
+    header = machine.header()
+    assert header["torch"] == torch.__version__
+    assert header["threads"] == torch.get_num_threads()
+    assert platform.node() not in json.dumps(header).split('"')
+
+
+def a_row(provider: str, ms: float, **changes: Any) -> dict[str, Any]:
+    case = cases.Case("weighted", "bfloat16", *targets.BASE, "cpu")
+    impl = provider.removeprefix("trimtab ") if provider.startswith("trimtab") else None
+    outcome = measure.Outcome("timed", "", (ms / 1e3,) * 3, "wall", 100 * MIB, {"loss": 1e-3})
+    row = {**case.describe(), "provider": provider, "impl": impl, **measure.summary(outcome)}
+    row |= measure.against_floor(row, 1000.0, case.flop, case.bytes)
+    return {**row, "threads": 2, "run": "first", **changes}
+
+
+def verdict_of(rows: list[dict[str, Any]], quantity: str) -> Any:
+    found = targets.verdicts(rows, "xeon-2core")
+    return next(v for v in found if v.target.quantity == quantity and v.target.mode == "weighted")
+
+
+def test_rates_follow_from_the_time():
+    row = a_row("trimtab native", 2000.0)
+    assert row["over_floor"] == 2.0
+    assert row["floor_percent"] == 50.0
+    assert row["gflops"] == pytest.approx(6 * 2048 * 1024 * 32000 / 2 / 1e9, rel=1e-3)
+
+
+def test_targets_are_read_off_the_rows():
+    rows = [a_row("trimtab native", 1050.0, extra_mib=150.0), a_row("trimtab reference", 900.0),
+            a_row("eager", 1000.0, extra_mib=200.0, max_err=0.5e-3)]  # fmt: skip
+    assert verdict_of(rows, targets.TIME_OVER_PRODUCTS).value == pytest.approx(1.05)
+    assert verdict_of(rows, targets.TIME_OVER_PRODUCTS).met
+    assert verdict_of(rows, targets.TIME_OVER_EAGER).met is False
+    assert verdict_of(rows, targets.MEMORY_OVER_EAGER).value == pytest.approx((150 - 125) / 200)
+    assert verdict_of(rows, targets.ERROR_OVER_EAGER).value == pytest.approx(2.0)
+    half = a_row("trimtab native", 525.0, mode="half")
+    found = targets.verdicts([*rows, half], "xeon-2core")
+    assert next(v.value for v in found if v.target.mode == "half") == pytest.approx(0.5)
+
+
+def test_rows_of_different_runs_are_not_compared():
+    rows = [a_row("trimtab native", 1050.0), a_row("eager", 1000.0, run="second")]
+    assert verdict_of(rows, targets.TIME_OVER_EAGER).met is None
+    other_case = [a_row("trimtab native", 1050.0, mode="none")]
+    assert verdict_of(other_case, targets.TIME_OVER_PRODUCTS).met is None
+
+
+def test_new_rows_replace_old_ones_and_unused_runs_go():
+    run = {"quick": False}
+    old = report.Results({"first": run}, [a_row("eager", 9.0)], [])
+    other = report.Results({"first": run}, [a_row("eager", 9.0), a_row("liger", 9.0)], [])
+    new = report.Results({"second": run}, [a_row("eager", 7.0, run="second")], [])
+    assert [row["p50_ms"] for row in old.merge(new).rows] == [7.0]
+    assert list(old.merge(new).runs) == ["second"]
+    assert list(other.merge(new).runs) == ["first", "second"]
+    gone = {**a_row("eager", 1.0, run="second"), "status": "failed", "reason": "out of memory"}
+    assert old.merge(report.Results({"second": run}, [], [gone])).rows == []
+
+
+def test_results_are_one_line_a_row(tmp_path):
+    results = report.Results({"first": {}}, [a_row("eager", 9.0), a_row("liger", 9.0)], [])
+    path = tmp_path / "token_loss.json"
+    path.write_text(results.dump())
+    assert report.Results.load(path).rows == results.rows
+    assert sum('"provider"' in line for line in path.read_text().splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A quick benchmark of some cases, as pytest-benchmark's JSON."""
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/bench_token_loss.py", "--quick",
+         "-p", "no:cacheprovider", "-k", "weighted-bfloat16 or rows-float32 or half-float32",
+         f"--benchmark-json={path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    return path, json.loads(path.read_text())
+
+
+def test_the_suite_gives_pytest_benchmark_the_measured_rounds(quick_run):
+    _, raw = quick_run
+    names = {row["extra_info"]["provider"] for row in raw["benchmarks"]}
+    assert {"eager", providers.FLOOR, "trimtab reference"} <= names
+    for row in raw["benchmarks"]:
+        info = row["extra_info"]
+        assert row["stats"]["median"] * 1e3 == pytest.approx(info["p50_ms"], rel=1e-3, abs=1e-4)
+        assert row["stats"]["rounds"] == info["rounds"]
+        assert info["flop"] == 0 or info["gflops"] > 0
+        assert info["commit"] == raw["machine_info"]["commit"]
+    left_out = {row["provider"]: row for row in raw["left_out"]}
+    assert left_out["trimtab triton"]["status"] == "not run" or torch.cuda.is_available()
+    assert platform.node() not in raw["machine_info"].values()
+
+
+def test_a_quick_run_is_shown_and_not_kept(quick_run, tmp_path, capsys):
+    path, _ = quick_run
+    assert report.main([str(path), "--out", str(tmp_path)]) == 0
+    assert "nothing is kept" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_has_rows_tables_and_pictures(quick_run, tmp_path, capsys):
+    _, raw = quick_run
+    raw["machine_info"]["quick"] = False
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(raw))
+    for _ in range(2):
+        assert report.main([str(path), "--out", str(tmp_path / "results")]) == 0
+    assert "not measured" in capsys.readouterr().out
+    folder = tmp_path / "results" / raw["machine_info"]["machine"]
+    kept = json.loads((folder / "token_loss.json").read_text())
+    assert len(kept["rows"]) == len(raw["benchmarks"])
+    assert all(row["run"] in kept["runs"] for row in [*kept["rows"], *kept["left_out"]])
+    text = (folder / "token_loss.md").read_text()
+    for name in ("token_loss-time.svg", "token_loss-memory.svg", "token_loss-floor.svg"):
+        assert f"({name})" in text
+        assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
+    for row in kept["rows"]:
+        assert f"| {row['provider']} |" in text

@@ -41,6 +41,8 @@ def run_race(case: Case, providers: list[Provider], effort: Effort) -> dict[str,
     )
     taking_part = [p for p in PROVIDERS if p in providers or p.name in (FLOOR, EAGER)]
     contenders = {p.name: p.contender(case) for p in taking_part}
+    if case.sweep:
+        effort = effort._replace(seconds=effort.seconds / 3)
     return race(task, contenders.pop(EAGER), list(contenders.values()), effort)
 
 
@@ -56,7 +58,6 @@ def test_token_loss(benchmark, case, provider, races, leave_out):
     outcome = outcomes[provider.name]
     if outcome.status != "timed":
         leave_out(case, provider.name, outcome.status, outcome.reason)
-        benchmark.skipped = True
         # A wrong peer is a result; a wrong kernel of ours is a bug.
         verdict = pytest.fail if provider.impl else pytest.xfail
         verdict(f"{outcome.status}: {outcome.reason}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+SWEEP_WIDTH = 512
 # Rows and classes on which gradients are compared with the truth; losses are compared everywhere.
 SAMPLED = 64
 # Standard deviation of the logits: few classes hold most of the probability, as in a trained model.
@@ -72,6 +73,11 @@ class Case(NamedTuple):
     @property
     def active_rows(self) -> int:
         return int(self.rows * self.about.active)
+
+    @property
+    def sweep(self) -> bool:
+        """Whether it is a point of a curve on a CPU, which is timed for less long."""
+        return self.device == "cpu" and self.width == SWEEP_WIDTH
 
     @property
     def flop(self) -> int:
@@ -247,9 +253,9 @@ def _cpu_cases() -> Iterator[Case]:
     for mode in ("weighted", "half", "none", "frozen", "logp", "rows"):
         yield Case(mode, "float32", 2048, 1024, 32000, "cpu")
     for classes in (8192, 16384, 32768, 65536, 131072):
-        yield Case("weighted", "bfloat16", 1024, 512, classes, "cpu")
+        yield Case("weighted", "bfloat16", 1024, SWEEP_WIDTH, classes, "cpu")
     for rows in (512, 1024, 2048, 4096):
-        yield Case("weighted", "bfloat16", rows, 512, 32768, "cpu")
+        yield Case("weighted", "bfloat16", rows, SWEEP_WIDTH, 32768, "cpu")
 
 
 def _cuda_cases() -> Iterator[Case]:

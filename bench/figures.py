@@ -114,6 +114,7 @@ def _draw_sweeps(
     path: Path,
 ) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     providers = list(dict.fromkeys(row["provider"] for _, _, group in found for row in group))
     styles = _styles(sorted(providers, key=lambda name: ("trimtab" not in name, name)))
@@ -127,7 +128,8 @@ def _draw_sweeps(
         sizes = sorted({row["shape"][axis] for row in group})
         panel.set(xscale="log", yscale="log", xlabel=names[axis], ylabel=label)
         panel.set_xticks(sizes, [str(size) for size in sizes], rotation=30)
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
+        _plain_numbers(panel.yaxis)
         panel.set_title(panel_title, fontsize=9)
     handles = {
         text: line
@@ -170,7 +172,12 @@ def _draw_bars(against: dict[str, dict[str, float]], title: str, path: Path) -> 
             place += 1
         place += 1
     panel.axvline(1.0, color="black", linestyle="--", linewidth=1)
-    panel.set(xscale="log", xlabel="time over the floor", title=title)
+    ratios = [ratio for values in against.values() for ratio in values.values()]
+    limits = (min(0.95, 0.95 * min(ratios)), 1.15 * max(ratios))
+    panel.set(xscale="log", xlabel="time over the floor", title=title, xlim=limits)
+    panel.set_ylim(-1, place - 1)
+    panel.grid(axis="y", visible=False)
+    _plain_numbers(panel.xaxis)
     panel.set_yticks(*zip(*ticks, strict=True))
     panel.invert_yaxis()
     handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
@@ -178,6 +185,14 @@ def _draw_bars(against: dict[str, dict[str, float]], title: str, path: Path) -> 
         handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False
     )
     _save(figure, path)
+
+
+def _plain_numbers(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -53,7 +53,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(0.05, 2, 2)
-NORMAL = Effort(5.0, 3, 15)
+NORMAL = Effort(5.0, 3, 10)
 FULL = Effort(12.0, 7, 30)
 
 

@@ -224,8 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for (machine, family), results in read(path).items():
             quick = any(run["quick"] for run in results.runs.values())
             if quick:
-                print("\n\n".join([*_tables(results.rows, False), *_left_out(results.left_out)]))
-                print("A quick run: nothing is kept.")
+                print(*_tables(results.rows, False), sep="\n\n")
+                print(
+                    "", *_left_out(results.left_out), "", "A quick run: nothing is kept.", sep="\n"
+                )
                 continue
             write(options.out / machine, machine, family, results)
             print(f"# {family} on {machine}\n")

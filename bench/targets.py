@@ -44,7 +44,7 @@ TIME_OVER_PRODUCTS = "time over the products alone"
 TIME_OVER_EAGER = "time over eager's"
 TIME_OVER_ALL_TOKENS = "time over that with every token"
 MEMORY_OVER_EAGER = "extra memory beyond a float32 accumulator, over eager's"
-ERROR_OVER_EAGER = "largest error over eager's"
+ERROR_OVER_EAGER = "error over eager's, the worst of loss and gradients"
 MILLISECONDS = "ms"
 EXTRA_GIB = "GiB beyond inputs and gradients"
 
@@ -121,12 +121,17 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below else above / below
 
 
-def _over_eager(field: str) -> Callable[[Row, Sequence[Row], Target], float | None]:
-    def read(row: Row, rows: Sequence[Row], target: Target) -> float | None:
-        eager = _other(rows, target, "eager")
-        return None if eager is None else _ratio(row[field], eager[field])
+def _time_over_eager(row: Row, rows: Sequence[Row], target: Target) -> float | None:
+    eager = _other(rows, target, "eager")
+    return None if eager is None else _ratio(row["p50_ms"], eager["p50_ms"])
 
-    return read
+
+def _error_over_eager(row: Row, rows: Sequence[Row], target: Target) -> float | None:
+    eager = _other(rows, target, "eager")
+    if eager is None:
+        return None
+    ratios = [_ratio(error, eager["errors"][name]) for name, error in row["errors"].items()]
+    return max((ratio for ratio in ratios if ratio is not None), default=None)
 
 
 def _memory_over_eager(row: Row, rows: Sequence[Row], target: Target) -> float | None:
@@ -149,10 +154,10 @@ def _gib(row: Row, rows: Sequence[Row], target: Target) -> float | None:
 
 _QUANTITIES: dict[str, Callable[[Row, Sequence[Row], Target], float | None]] = {
     TIME_OVER_PRODUCTS: lambda row, rows, target: row["over_floor"],
-    TIME_OVER_EAGER: _over_eager("p50_ms"),
+    TIME_OVER_EAGER: _time_over_eager,
     TIME_OVER_ALL_TOKENS: _over_all_tokens,
     MEMORY_OVER_EAGER: _memory_over_eager,
-    ERROR_OVER_EAGER: _over_eager("max_err"),
+    ERROR_OVER_EAGER: _error_over_eager,
     MILLISECONDS: lambda row, rows, target: row["p50_ms"],
     EXTRA_GIB: _gib,
 }

@@ -207,7 +207,7 @@ def test_a_slope_that_the_mean_loss_needs_is_allowed() -> None:
     skill = torch.linspace(-1, 1, 20, dtype=DOUBLE)[:, None]
     noise = torch.randn(20, 200, generator=torch.Generator().manual_seed(8), dtype=DOUBLE)
     nll = 2 - 1e-3 * skill + 0.3 * (noise - noise.mean(1, keepdim=True))
-    y = torch.sigmoid(2 * skill[:, 0] + 0.2 * noise[:, 0])
+    y = torch.sigmoid(2 * skill[:, 0] + noise[:, 0])
     base = CapabilitySalience(regularization=math.inf).fit(nll, y)
     fit = CapabilitySalience(regularization=0.1).fit(nll, y)
     assert float(fit.objective) < float(base.objective) - 0.01

@@ -403,11 +403,11 @@ def test_predicted_is_nan_before_infinity():
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_predicted_is_the_lowest_of_equals(softcap: float):
     logits, target = make(4, LONG, torch.bfloat16, spread=0.1)
-    logits[0, [17, 4000]] = 6.0
+    logits[0, [17, 17 + 4096]] = 6.0  # in one lane, whatever the tiles' size
     logits[1, [2047, 2048, 4999]] = 6.0
     logits[2, [4999]] = 6.0
     logits[3] = 1.0
-    target.copy_(torch.tensor([4000, 4999, 4999, 2500]))
+    target.copy_(torch.tensor([4113, 4999, 4999, 2500]))
     predicted = run_logp(logits, target, softcap=softcap)[3]
     assert predicted.tolist() == [17, 2047, 4999, 0]
 

@@ -137,9 +137,13 @@ struct Lanes<float> {
 
   // exp(x) for x <= 0, within 1.01 ulp; exactly 0 below -87.3, where the result would be subnormal.
   static Vector exp_of_nonpositive(Vector x) {
-    const Vector n = nearest_power(x);
-    const Vector e = (expm1_reduced(remainder(x, n)) + 1.0f) * power_of_two(n);
-    return x < -87.3f ? Vector{} : e;
+    const Vector n = nearest_power(x), p = expm1_reduced(remainder(x, n)) + 1.0f;
+#if TRIMTAB_WIDTH == 16
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, spread(-87.3f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, p, n);
+#else
+    return x < -87.3f ? Vector{} : p * power_of_two(n);
+#endif
   }
   // With E = exp(-2|x|): tanh|x| = (1 - E) / (1 + E) near 0, 1 - 2E / (1 + E) elsewhere, so that
   // neither form cancels.

@@ -69,8 +69,9 @@ template <class Element, class Rows>
 void set_grad(Rows& rows, const Tensor& logits, const Tensor* grad) {
   if (!grad) return;
   check_rows("grad", *grad, logits.size(0), logits.size(1));
-  STD_TORCH_CHECK(grad->scalar_type() == logits.scalar_type(), "grad must be of the dtype of
-  logits"); rows.grad = static_cast<Element*>(grad->data_ptr());
+  STD_TORCH_CHECK(grad->scalar_type() == logits.scalar_type(),
+                  "grad must be of the dtype of logits");
+  rows.grad = static_cast<Element*>(grad->data_ptr());
   rows.grad_stride = grad->stride(0);
 }
 

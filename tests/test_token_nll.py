@@ -167,11 +167,12 @@ def test_hidden_states_and_head_of_your_own() -> None:
     ("kind", "settings"),
     [("hyperclovax", {"logits_scaling": 3.0}), ("bert", {"is_decoder": True})],
 )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_head_that_is_not_the_whole_way_to_the_logits_is_an_error(
-    kind: str, settings: dict[str, Any]
+    kind: str, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
     with pytest.raises(ValueError, match="model must make its logits as"):
-        token_nll(make(kind, **settings), *text("right"))
+        token_nll(make(kind, **settings).to(dtype), *text("right"))
 
 
 def test_logit_scale_can_be_given_where_the_config_says_something_else() -> None:

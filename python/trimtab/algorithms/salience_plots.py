@@ -144,7 +144,7 @@ def plot_tokens(
         for offset, character in enumerate(text):
             if not character.isspace():
                 axis.text(
-                    column + offset + 0.5, line + 0.5, character, parse_math=False,
+                    column + offset + 0.5, line + 0.5, character,
                     family="monospace", fontsize=7, ha="center", va="center",
                 )  # fmt: skip
     return figure

@@ -17,8 +17,9 @@ import trimtab
 from trimtab.algorithms.capability_salience import choose_regularization
 from trimtab.demo.models import Checkpoint, Plan
 
-COMPUTE, MEAN, DOMAIN, SALIENCE = "training FLOP", "mean loss", "loss of its own domain", "salience"
+COMPUTE, MEAN, DOMAIN, SALIENCE = "compute", "mean loss", "own domain", "salience"
 LAWS = (COMPUTE, MEAN, DOMAIN, SALIENCE)
+_GRID = (math.inf, 1.0, 0.3, 0.1, 0.03, 0.01)  # of the regularization; infinity is the mean loss
 _RESAMPLES = 2000
 
 
@@ -48,6 +49,7 @@ class Split:
     name: str
     labels: Tensor  # (M,)
     held: list[int]
+    folds: Tensor  # (M,) labels by which the fit's own models choose the regularization
 
     @property
     def models(self) -> Tensor:
@@ -95,9 +97,10 @@ def splits(checkpoints: list[Checkpoint], plan: Plan) -> list[Split]:
     # Every fold holds out one run per size, each of another mixture.
     diagonal = (mixture + size) % len(plan.mixtures)
     return [
-        Split("an unseen run", diagonal, sorted(set(diagonal.tolist()))),
-        Split("an unseen mixture", mixture, sorted(set(mixture.tolist()))),
-        Split("a larger model", size, [len(plan.sizes) - 1]),
+        Split("an unseen run", diagonal, sorted(set(diagonal.tolist())), diagonal),
+        Split("an unseen mixture", mixture, sorted(set(mixture.tolist())), mixture),
+        # The smaller sizes are too few to be folds.
+        Split("a larger model", size, [len(plan.sizes) - 1], diagonal),
     ]
 
 
@@ -106,8 +109,8 @@ def compare(
 ) -> Outcome:
     """Predicts every held-out model of a split by every law.
 
-    The regularization of the salience vector is chosen inside the fit's own models, by holding out
-    labels of the same kind; where only one is left, by holding out runs.
+    The regularization of the salience vector is chosen among the fit's own models alone, by holding
+    out some of them by `split.folds`.
     """
     found: dict[str, list[Tensor]] = {law: [] for law in LAWS}
     chosen = []
@@ -115,9 +118,7 @@ def compare(
         test, fit = split.labels == label, split.labels != label
         for law in LAWS[:-1]:
             found[law].append(_baseline(law, data, fit, test))
-        inner = split.labels[fit]
-        folds = inner if len(inner.unique()) > 1 else data.run[fit]
-        vector = fit_salience(data, fit, folds)
+        vector = fit_salience(data, fit, split.folds)
         chosen.append(list(vector.regularization))
         found[SALIENCE].append(vector.predict(data.nll[test]).double())
         on_fold()
@@ -128,13 +129,13 @@ def compare(
 def fit_salience(
     data: Measurements,
     fit: Tensor,  # (M,) bool
-    folds: Tensor,  # one label per model of the fit
+    folds: Tensor,  # (M,) labels
 ) -> trimtab.CapabilitySalience:
     """The salience vector on some models, its regularization chosen by cross-validation on them."""
-    nll, accuracy = data.nll[fit], data.accuracy[fit]
+    nll, accuracy, folds = data.nll[fit], data.accuracy[fit], folds[fit]
     if len(folds.unique()) < 2:
-        folds = torch.arange(len(folds))
-    choice = choose_regularization(nll, accuracy, folds=folds, floor=data.chance)
+        folds = data.run[fit]
+    choice = choose_regularization(nll, accuracy, grid=_GRID, folds=folds, floor=data.chance)
     return trimtab.CapabilitySalience(
         len(data.tasks), floor=data.chance, regularization=choice.regularization
     ).fit(nll, accuracy)

@@ -42,7 +42,8 @@ class Plan:
     steps: tuple[int, ...]  # lengths of training: one checkpoint at each
     batch: int
     context: int
-    learning_rate: float  # times the width: wider models take smaller steps
+    embedding_rate: float
+    hidden_rate: float  # over the width: the wider the layers, the smaller their steps
     warmup: int
 
     @property
@@ -156,9 +157,15 @@ def _train(
     torch.manual_seed(seed)
     model = build(run.size, corpus.vocabulary, plan.context)
     parameters = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=plan.learning_rate / run.size.width, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    embedding = model.lm_head.weight
+    groups = [
+        {"params": [embedding], "lr": plan.embedding_rate},
+        {
+            "params": [p for p in model.parameters() if p is not embedding],
+            "lr": plan.hidden_rate / run.size.width,
+        },
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan))
     generator = np.random.default_rng([seed, plan.mixtures.index(run.mixture)])
     found: list[Checkpoint] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -46,13 +47,19 @@ def run(context: Context) -> Result:
     """Measures the family, fits the laws, predicts what was held out, shows the salient tokens."""
     text = validation_text(context)
     data = measure_family(context, text)
-    ways = splits([c for c in data.checkpoints], context.settings.plan)
+    ways = splits(data.checkpoints, context.settings.plan)
     n_folds = sum(len(way.held) for way in ways)
-    with context.timed("salience: fits"), context.bar(n_folds + 1, "fitting", "fold") as bar:
+    with (
+        context.timed("salience: fits"),
+        context.bar(n_folds + 1, "fitting", "fold") as bar,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
         outcomes = [compare(data, way, bar.update) for way in ways]
         everyone = torch.ones(len(data.checkpoints), dtype=torch.bool)
-        final = fit_salience(data, everyone, ways[0].labels)
+        final = fit_salience(data, everyone, ways[0].folds)
         bar.update()
+    unfinished = sum("converged" in str(w.message) for w in caught)
     duels = {law: _duels(outcomes, law, data, context.seed) for law in (MEAN, DOMAIN)}
     sentences = [
         verdict("the mean loss", duels[MEAN]),
@@ -69,7 +76,7 @@ def run(context: Context) -> Result:
         sentences,
         _summary_table(outcomes, data),
         blocks,
-        _numbers(data, outcomes, duels, final, sentences),
+        _numbers(data, outcomes, duels, final, sentences) | {"unfinished_fits": unfinished},
     )
 
 
@@ -129,10 +136,12 @@ def _summary_table(outcomes: list[Outcome], data: Measurements) -> Table:
             cells += [f"{1e3 * mse[law][index]:.2f}" for law in LAWS]
             rows.append([outcome.split, task, *cells])
     header = ["held out", "task", *(f"R²: {law}" for law in LAWS)]
-    header += [f"MSE x 1000: {law}" for law in LAWS]
+    header += [f"MSE·10³: {law}" for law in LAWS]
     return Table(
         "Accuracy of models that the fit has not seen, predicted by four laws that differ in what "
-        "goes into the same sigmoid. R² is over all held-out models of the row.",
+        "goes into the same sigmoid: the training FLOP (compute), the mean loss of the validation "
+        "text, the mean loss of the half of it that is like the task (own domain), the salience-"
+        "weighted loss. R² and mean squared error (MSE) are over all held-out models of the row.",
         header,
         rows,
         labels=2,
@@ -204,7 +213,7 @@ def _about_predictions(
             for s in by_split(words, duels[law])]
     plan = context.settings.plan
     larger = torch.tensor([c.run.size == plan.sizes[-1] for c in data.checkpoints])
-    vector = fit_salience(data, ~larger, data.run[~larger])
+    vector = fit_salience(data, ~larger, splits(data.checkpoints, plan)[-1].folds)
     by_size = plot_predictions(
         vector, data.nll, data.accuracy, held_out=larger,
         baseline=fit_mean_law(data, ~larger), names=data.tasks,

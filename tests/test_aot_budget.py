@@ -6,6 +6,7 @@ process without it compiles everything (this file, run as a script) and answers 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -80,12 +82,12 @@ def cuobjdump() -> Path:
 def compile_variant(variant: Variant, dtype: torch.dtype, capability: int) -> Any:
     """Compiled as a launch would."""
     import triton
-    from trimtab.triton_kernels.token_loss import config, logp, loss
+    from trimtab.triton_kernels.token_loss import logp, loss
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(loss if variant.kernel == "loss_kernel" else logp, variant.kernel)
-    shape = config.launch_config(
+    shape = config().launch_config(
         VOCAB,
         dtype,
         (capability // 10, 0),
@@ -214,6 +216,46 @@ def test_loads_and_stores_are_16_bytes_wide(answer: dict[str, Any], name: str):
             assert usage["wide stores"] >= written, f"sm_{capability}: {usage}"
         elif one == name:
             assert usage["wide loads"] == usage["wide stores"] == 0, f"sm_{capability}: {usage}"
+
+
+def config() -> ModuleType:
+    pytest.importorskip("triton")
+    return importlib.import_module("trimtab.triton_kernels.token_loss.config")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_launch_config(capability: tuple[int, int], dtype: torch.dtype):
+    launch_config = config().launch_config
+    for vocab in (1, 63, 1000, 32000, 50257, 128256, 256000, 10**6):
+        for rereads in (False, True):
+            wide = launch_config(vocab, dtype, capability, rereads=rereads, aligned=True)
+            odd = launch_config(vocab, dtype, capability, rereads=rereads, aligned=False)
+            assert wide.vec * dtype.itemsize == 16
+            assert odd.vec == 1
+            assert wide.num_warps == odd.num_warps
+            for shape in (wide, odd):
+                assert shape.lanes == 32 * shape.num_warps <= 1024
+                assert shape.num_warps.bit_count() == 1
+            # No warp without a load of its own, but for the one there must be.
+            assert wide.num_warps == 1 or wide.lanes * wide.steps * wide.vec < 2 * vocab
+    short, long = (
+        launch_config(vocab, dtype, capability, rereads=True, aligned=True)
+        for vocab in (4096, 256000)
+    )
+    assert short.num_warps < long.num_warps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_loads_only_where_all_rows_are_aligned(dtype: torch.dtype):
+    options, vec = config().options, 16 // dtype.itemsize
+    room = torch.empty(4, 256, dtype=dtype)
+    even, odd, late = room[:, :200], room.flatten()[: 4 * 255].view(4, 255)[:, :200], room[:, 1:201]
+    assert options(even, None, 1.0, 0.0)["VEC"] == vec
+    assert options(even, even, 1.0, 0.0)["VEC"] == vec
+    for rows in (odd, late):
+        assert options(rows, None, 1.0, 0.0)["VEC"] == 1
+        assert options(even, rows, 1.0, 0.0)["VEC"] == 1
 
 
 if __name__ == "__main__":

@@ -217,6 +217,13 @@ def test_quantiles_are_numpys():
         assert measure.quantile(samples, share) == pytest.approx(numpy.quantile(samples, share))
 
 
+def test_a_row_has_the_median_and_its_spread():
+    outcome = measure.Outcome("timed", "", (0.005, 0.001, 0.002, 0.004, 0.003, 0.006), "wall")
+    row = measure.summary(outcome)
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"], row["rounds"]) == (2.0, 3.5, 5.0, 6)
+    assert row["max_err"] is None
+
+
 def test_the_clock_replays_what_was_measured():
     clock = measure.ReplayClock()
     clock.load([0.25, 1.5])

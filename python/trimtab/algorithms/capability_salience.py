@@ -69,8 +69,10 @@ class CapabilitySalience:
     """Token weights, and the sigmoidal law from weighted loss to accuracy, of C capabilities.
 
     Cost of ``fit``: some ten passes over the matrix, shared by all capabilities, each
-    ``2 C M**2 N`` FLOP with the table. Nothing of the matrix's size is allocated. Deterministic:
-    the same inputs on the same machine give the same numbers.
+    ``2 C M**2 N`` FLOP with the table; nothing of the matrix's size is allocated. Measured with 100
+    models, 1,000,000 tokens, 6 capabilities in float32: 8 steps, 13 s of one AVX-512 core, peak
+    resident memory of the whole process 0.76 GiB, of which 0.37 are the matrix. Deterministic: the
+    same inputs on the same machine give the same bits.
 
     The mean-loss law, the baseline of the same class, is ``regularization=math.inf``.
 

@@ -1,4 +1,4 @@
-"""Real text that every Python installation has: the documentation and the source of its standard library.
+"""Real text that every Python installation has: documentation and source of its library.
 
 Two domains. *Prose* is what the library says about itself: the language reference topics behind
 `help()` and every docstring. *Code* is the source with docstrings and comment lines taken out. A
@@ -37,7 +37,7 @@ _SKIPPED_FOLDERS = frozenset(
         "turtledemo",
     }
 )
-# BPE pieces never cross these borders: words, numbers, one bracket, an indented line start, other signs.
+# A BPE piece is within a word, a number, one bracket, an indented line start, or other signs.
 _PIECES = r" ?[A-Za-z_]+| ?[0-9]{1,3}|[()\[\]{}]|\n+ *| ?[^\sA-Za-z_0-9()\[\]{}]+| +|\s"
 
 

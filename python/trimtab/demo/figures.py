@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -54,12 +56,12 @@ def draw_held_out(data: Measurements, outcomes: list[Outcome]) -> Figure:
             axis = axes[row, column]
             axis.axline((0.5, 0.5), slope=1.0, color="0.75", linewidth=1.0, zorder=0)
             for index, outcome in enumerate(outcomes):
-                r2 = outcome.r2(law, data)[column].item()
+                label = f"{outcome.split}, R² {outcome.r2(law, data)[column].item():.2f}"
                 axis.scatter(
                     data.accuracy[outcome.models, column].numpy(),
                     outcome.predicted[law][:, column].numpy(),
                     s=14, alpha=0.75, linewidths=0, marker=_MARKERS[index],
-                    color=_COLOURS[2 * index % len(_COLOURS)], label=f"{outcome.split}, R² {r2:.2f}",
+                    color=_COLOURS[2 * index % len(_COLOURS)], label=label,
                 )  # fmt: skip
             if row == 0:
                 axis.set_title(task)
@@ -98,7 +100,7 @@ def draw_token_kinds(kinds: list[list[tuple[str, float]]], tasks: list[str]) -> 
 
 
 def _visible(token: str) -> str:
-    text = token.translate(_VISIBLE)
+    text = re.sub("␣{4,}", lambda run: f"␣×{len(run[0])}", token.translate(_VISIBLE))
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

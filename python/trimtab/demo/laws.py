@@ -143,9 +143,7 @@ def fit_salience(
 
 def fit_mean_law(data: Measurements, fit: Tensor) -> trimtab.CapabilitySalience:
     """The law from the mean loss: the same class with uniform weights."""
-    law = trimtab.CapabilitySalience(
-        len(data.tasks), floor=data.chance, regularization=math.inf
-    )
+    law = trimtab.CapabilitySalience(len(data.tasks), floor=data.chance, regularization=math.inf)
     return law.fit(data.nll[fit], data.accuracy[fit])
 
 

@@ -1,4 +1,4 @@
-"""A family of small Llama models: mixtures of text x sizes x lengths of training, trained on the spot."""
+"""A family of small Llama models: mixtures of text x sizes x lengths of training."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ figure img { max-width: 100%; height: auto; background: #fff; border-radius: .5r
   border: 1px solid var(--line); }
 figure .text > div { padding: .8rem 1rem; border-radius: .5rem; border: 1px solid var(--line);
   font-size: .85rem; line-height: 1.55; overflow-x: auto; }
-footer { margin-top: 3rem; color: var(--soft); font-size: .9rem; }
+summary { color: var(--soft); font-size: .85rem; cursor: pointer; }
 """
 
 
@@ -166,17 +166,20 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Figure(path, caption):
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
-            text = html.escape(caption)
-            return (
-                f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{text}</figcaption></figure>"
-            )
-        case Snippet(snippet, caption):
-            text = html.escape(caption)
-            return (
-                f'<figure><div class="text">{snippet}</div><figcaption>{text}</figcaption></figure>'
-            )
+            return f"<figure>{_image(path)}{_caption(caption)}</figure>"
+        case Snippet(snippet, caption, picture):
+            folded = f"<details><summary>as a picture</summary>{_image(picture)}</details>"
+            text = f'<div class="text">{snippet}</div>'
+            return f"<figure>{text}{_caption(caption)}{folded}</figure>"
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+
+
+def _caption(text: str) -> str:
+    return f"<figcaption>{html.escape(text)}</figcaption>"
 
 
 def _table(table: Table) -> str:
@@ -191,7 +194,7 @@ def _table(table: Table) -> str:
 
 def _row(tag: str, cells: Iterable[str], labels: int) -> str:
     parts = (
-        f'<{tag}{" class=label" if i < labels else ""}>{html.escape(cell)}</{tag}>'
+        f"<{tag}{' class=label' if i < labels else ''}>{html.escape(cell)}</{tag}>"
         for i, cell in enumerate(cells)
     )
     return f"<tr>{''.join(parts)}</tr>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from trimtab.algorithms.salience_plots import plot_predictions, plot_tokens, tok
 from trimtab.demo.corpus import DOMAINS, windows
 from trimtab.demo.figures import draw_curves, draw_held_out, draw_token_kinds
 from trimtab.demo.laws import (
+    COMPUTE,
     DOMAIN,
     LAWS,
     MEAN,
@@ -64,7 +66,7 @@ def run(context: Context) -> Result:
     sentences = [
         verdict("the mean loss", duels[MEAN]),
         verdict("the loss of the task's own domain", duels[DOMAIN]),
-        overall(duels[MEAN], duels[DOMAIN]),
+        overall(duels[MEAN], duels[DOMAIN], own_shares(final, data)),
     ]
     with context.timed("salience: figures"):
         blocks = [
@@ -114,6 +116,12 @@ def measure_family(context: Context, text: Tensor) -> Measurements:
     )
 
 
+def own_shares(fitted: CapabilitySalience, data: Measurements) -> list[float]:
+    """Share of each task's weight that lies on the tokens of its own domain."""
+    pairs = zip(fitted.salience, data.columns, strict=True)
+    return [weight[columns].double().sum().item() for weight, columns in pairs]
+
+
 def _duels(outcomes: list[Outcome], law: str, data: Measurements, seed: int) -> list[Duel]:
     found = []
     for outcome in outcomes:
@@ -127,25 +135,29 @@ def _duels(outcomes: list[Outcome], law: str, data: Measurements, seed: int) -> 
 
 
 def _summary_table(outcomes: list[Outcome], data: Measurements) -> Table:
-    rows = []
-    for outcome in outcomes:
-        r2 = {law: outcome.r2(law, data).tolist() for law in LAWS}
-        mse = {law: outcome.mse(law, data).tolist() for law in LAWS}
-        for index, task in enumerate(data.tasks):
-            cells = [f"{r2[law][index]:.3f}" for law in LAWS]
-            cells += [f"{1e3 * mse[law][index]:.2f}" for law in LAWS]
-            rows.append([outcome.split, task, *cells])
-    header = ["held out", "task", *(f"R²: {law}" for law in LAWS)]
-    header += [f"MSE·10³: {law}" for law in LAWS]
+    laws = (MEAN, DOMAIN, SALIENCE)
+    short = [law.split()[0] for law in laws]
     return Table(
-        "Accuracy of models that the fit has not seen, predicted by four laws that differ in what "
-        "goes into the same sigmoid: the training FLOP (compute), the mean loss of the validation "
-        "text, the mean loss of the half of it that is like the task (own domain), the salience-"
-        "weighted loss. R² and mean squared error (MSE) are over all held-out models of the row.",
-        header,
-        rows,
+        "Accuracy of models that the fit has not seen, predicted by three laws that differ in what "
+        "goes into the same sigmoid: the mean loss of the validation text (mean), the mean loss of "
+        "the half of it that is like the task (own), the salience-weighted loss. R² and mean "
+        "squared error (MSE) are over all held-out models of a row.",
+        ["held out", "task", *(f"R² {s}" for s in short), *(f"MSE {s}" for s in short)],
+        _scores(outcomes, data, laws),
         labels=2,
     )
+
+
+def _scores(outcomes: list[Outcome], data: Measurements, laws: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for outcome in outcomes:
+        r2 = [outcome.r2(law, data).tolist() for law in laws]
+        mse = [outcome.mse(law, data).tolist() for law in laws]
+        for index, task in enumerate(data.tasks):
+            cells = [f"{found[index]:.3f}" for found in r2]
+            cells += [f"{found[index]:.5f}" for found in mse]
+            rows.append([outcome.split, task, *cells])
+    return rows
 
 
 def _about_models(context: Context, data: Measurements) -> list[Block]:
@@ -193,7 +205,8 @@ def _about_models(context: Context, data: Measurements) -> list[Block]:
         context.save(
             curves,
             "salience_mean_loss",
-            "Accuracy over the mean loss of the whole validation text, one point per checkpoint. "
+            "Accuracy over the mean loss of the whole validation text, one line per training run, "
+            "one point per checkpoint (circles: the smallest size, diamonds: the largest). "
             "Where colours lie apart, models with the same mean loss differ in accuracy, and no "
             "law from mean loss can tell them apart.",
         ),
@@ -207,10 +220,10 @@ def _about_predictions(
         "Models are held out by whole runs, by whole mixtures, or the largest size is predicted "
         "from the smaller ones. Nothing about held-out models enters a fit; the regularization is "
         "chosen by cross-validation among the models of the fit. Clearly better or worse means: in "
-        f"{95} of 100 resamplings of the runs."
+        "95 of 100 resamplings of the runs."
     )
-    rows = [[s] for law, words in ((MEAN, "the mean loss"), (DOMAIN, "the loss of its own domain"))
-            for s in by_split(words, duels[law])]
+    against = ((MEAN, "the mean loss"), (DOMAIN, "the loss of the task's own domain"))
+    findings = [sentence for law, words in against for sentence in by_split(words, duels[law])]
     plan = context.settings.plan
     larger = torch.tensor([c.run.size == plan.sizes[-1] for c in data.checkpoints])
     vector = fit_salience(data, ~larger, splits(data.checkpoints, plan)[-1].folds)
@@ -221,7 +234,13 @@ def _about_predictions(
     return [
         Heading("Predicting what was held out"),
         Paragraph(method),
-        *(Paragraph(row[0]) for row in rows),
+        *map(Paragraph, findings),
+        Table(
+            "For comparison, the law from training FLOP alone, under the same protocol.",
+            ["held out", "task", "R² compute", "MSE compute"],
+            _scores(outcomes, data, (COMPUTE,)),
+            labels=2,
+        ),
         context.save(
             draw_held_out(data, outcomes),
             "salience_held_out",
@@ -267,24 +286,22 @@ def _about_tokens(
     )
     uniform = 1.0 / len(ids)
     length = text.shape[1] - 1
-    passages = [1 * length, (len(text) // 2 + 1) * length]
-    where = torch.cat([torch.arange(start, start + length) for start in passages])
-    words = [pieces[i] for i in ids[where].tolist()]
+    prose, code = (torch.arange(2 * length) + start for start in (0, len(ids) // 2))
+    words = [*(pieces[i] for i in ids[prose].tolist()), "\n\n", *(pieces[i] for i in ids[code])]
+    between = torch.tensor([uniform])
     for index, task in enumerate(data.tasks):
-        weight = final.salience[index][where]
+        weight = torch.cat([final.salience[index][prose], between, final.salience[index][code]])
         caption = (
             f"A passage of prose and one of code under {task!r}: orange weighs more than uniform, "
             "blue less."
         )
-        blocks.append(Snippet(tokens_html(words, weight, uniform=uniform), caption))
-        figure = plot_tokens(words, weight, uniform=uniform, columns=100, title=task)
-        context.save(figure, f"salience_text_{task}", caption)
+        picture = plot_tokens(words, weight, uniform=uniform, columns=100, title=task)
+        path = context.save(picture, f"salience_text_{task}", caption).path
+        blocks.append(Snippet(tokens_html(words, weight, uniform=uniform), caption, path))
     return blocks
 
 
-def token_kinds(
-    salience: Tensor, ids: Tensor, pieces: list[str]
-) -> list[list[tuple[str, float]]]:
+def token_kinds(salience: Tensor, ids: Tensor, pieces: list[str]) -> list[list[tuple[str, float]]]:
     """Per task, token ids by mean weight over uniform weight: the most salient, then the least."""
     counts = torch.bincount(ids, minlength=len(pieces))
     frequent = (counts >= _LEAST_COUNT).nonzero()[:, 0]
@@ -344,8 +361,9 @@ def _numbers(
         "checkpoints": checkpoints,
         "held_out": held_out,
         "regularization": {o.split: o.regularization for o in outcomes},
-        "salience_against": {law: [vars(d) | {"result": d.result} for d in found]
-                             for law, found in duels.items()},
+        "salience_against": {
+            law: [vars(d) | {"result": d.result} for d in found] for law, found in duels.items()
+        },
         "fitted_on_all": {
             task: {
                 "alpha": final.alpha[i].item(),
@@ -359,4 +377,6 @@ def _numbers(
     }
 
 
-SECTION = Section("salience", "Capability Salience Vector: which tokens tell what a model can do", run)
+SECTION = Section(
+    "salience", "Capability Salience Vector: tokens that tell what a model can do", run
+)

@@ -52,10 +52,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Snippet:
-    """Trusted HTML, made by us, with every piece of corpus text escaped."""
+    """HTML with the corpus text in it escaped; its picture is folded below."""
 
     html: str
     caption: str
+    picture: Path
 
 
 Block = Paragraph | Heading | Table | Figure | Snippet

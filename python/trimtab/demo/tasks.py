@@ -22,11 +22,11 @@ from torch import Tensor
 from trimtab.demo.corpus import DOMAINS, DemoError, EncodedCorpus, windows
 
 _FUNCTION_WORDS = frozenset(
-    " " + word
-    for word in (
-        "a an the this that of to in on at by for from with into as is are be was has have can may "
-        "will should must and or but if when not no it"
-    ).split()
+    re.findall(
+        " [a-z]+",
+        " a an the this that of to in on at by for from with into as is are be was has have can may"
+        " will should must and or but if when not no it",
+    )
 )
 _CLOSING = (")", "]", "}")
 _WORD = re.compile(r" [a-z]{4,}")
@@ -92,7 +92,7 @@ def build_tasks(corpus: EncodedCorpus, context: int, n_windows: int, seed: int) 
         generator = np.random.default_rng([seed, index])
         items = maker(texts[domain], generator)
         if not items:
-            raise DemoError(f"the held-out text has no items for the task {name!r}; use more files.")
+            raise DemoError(f"the held-out text has no items for the task {name!r}: too few files.")
         tasks.append(_task(name, domain, question, texts[domain].ids, items, generator))
     return tasks
 
@@ -192,7 +192,7 @@ def _grammar_items(text: _Text, generator: np.random.Generator) -> list[Item]:
     places = text.places(known)
     counts = Counter(int(text.ids[place]) for place in places)
     cap = sorted(counts.values())[len(counts) // 2] if counts else 0
-    kept = _capped(text, places, generator, lambda answer, window: (answer,), cap)
+    kept = _capped(text, places, generator, lambda answer, _: (answer,), cap)
     # Drawn as often as they are the answer, the others are as likely for who sees no context.
     pool = [int(text.ids[place]) for place in kept]
     items = []
@@ -209,7 +209,7 @@ def _grammar_items(text: _Text, generator: np.random.Generator) -> list[Item]:
 def _bracket_items(text: _Text, generator: np.random.Generator) -> list[Item]:
     closing = [text.pieces.index(sign) for sign in _CLOSING]
     places = text.places(closing)
-    places = _capped(text, places, generator, lambda answer, window: (answer, window), _BRACKETS_CAP)
+    places = _capped(text, places, generator, lambda *both: both, _BRACKETS_CAP)
     counts = Counter(int(text.ids[place]) for place in places)
     rarest = min(counts[sign] for sign in closing)
     items = []

@@ -21,7 +21,7 @@ class Duel:
 
     @property
     def result(self) -> str:
-        """"better", "worse" or "unclear"."""
+        """One of better, worse, unclear."""
         if self.confidence >= _SURE:
             return "better"
         return "worse" if self.confidence <= 1.0 - _SURE else "unclear"
@@ -74,28 +74,37 @@ def by_split(against: str, duels: Sequence[Duel]) -> list[str]:
     return sentences
 
 
-def overall(mean: Sequence[Duel], domain: Sequence[Duel]) -> str:
-    """What to make of the two comparisons together."""
-    gains = sum(d.result == "better" for d in mean) > sum(d.result == "worse" for d in mean)
-    ahead = sum(d.result == "better" for d in domain) - sum(d.result == "worse" for d in domain)
-    if gains and ahead > 0:
+def overall(mean: Sequence[Duel], domain: Sequence[Duel], shares: Sequence[float]) -> str:
+    """What to make of the two comparisons together.
+
+    Args:
+        mean: salience against the mean loss.
+        domain: salience against the loss of the task's own half of the validation text.
+        shares: of every task's weight, what lies on that half; uniform weights have a half there.
+    """
+    if _lead(mean) <= 0:
+        return "So the result does not favour the salience vector: it does not beat the mean loss."
+    if _lead(domain) > 0:
         return (
-            "So weighing tokens is worth more here than the mean loss and more than knowing which "
+            "So weighing tokens is worth more here than the mean loss, and more than knowing which "
             "half of the validation text a task is about."
         )
-    if gains:
-        return (
-            "So the gain over the mean loss is no more than what comes from looking at the right "
-            "half of the validation text: whoever knows which half that is does not need the "
-            "salience vector; it finds the half without being told."
-        )
-    return "So the result does not favour the salience vector: in this run it is not worth its fit."
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    range_of_shares = low if low == high else f"{low} to {high}"
+    return (
+        "So whoever knows which half of the validation text a task is about needs no salience "
+        "vector here: the loss of that half does as well or better. The vector is not told; it "
+        f"has {range_of_shares} % of its weight there, where uniform weights have 50 %."
+    )
+
+
+def _lead(duels: Sequence[Duel]) -> int:
+    results = [duel.result for duel in duels]
+    return results.count("better") - results.count("worse")
 
 
 def _in_the_middle(duels: Sequence[Duel]) -> str:
-    factor = median(
-        duel.other / duel.ours if duel.ours > 0 else float("inf") for duel in duels
-    )
+    factor = median(duel.other / duel.ours if duel.ours > 0 else float("inf") for duel in duels)
     if factor >= 1.0:
         return f"its mean squared error is {factor:.2f} times lower in the median"
     return f"its mean squared error is {1.0 / factor:.2f} times higher in the median"

@@ -82,9 +82,10 @@ def cuobjdump() -> Path:
 def compile_variant(variant: Variant, dtype: torch.dtype, capability: int) -> Any:
     """Compiled as a launch would."""
     import triton
-    from trimtab.triton_kernels.token_loss import logp, loss
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from trimtab.triton_kernels.token_loss import logp, loss
 
     kernel = getattr(loss if variant.kernel == "loss_kernel" else logp, variant.kernel)
     shape = config().launch_config(

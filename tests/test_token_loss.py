@@ -78,6 +78,14 @@ def test_chunks(case, chunk_size, dtype, accum_dtype):
     check_linear_cross_entropy(case, given, dtype, options=options)
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_rows_of_logits_apart_in_memory(case, dtype, monkeypatch):
+    """As on CUDA, where the rows of an odd vocabulary are aligned."""
+    assert _chunks.row_stride(50257, 2, "cuda") == 50264
+    monkeypatch.setattr(_chunks, "row_stride", lambda classes, itemsize, device: classes + 7)
+    check_linear_cross_entropy(case, problem(dtype=dtype, device=case.device), dtype)
+
+
 def test_native_float64_is_the_oracle():
     """The compiled kernels in float64 agree with autograd to its last digits."""
     for options, reduction in itertools.product(OPTIONS, ["mean", "none"]):

@@ -11,10 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from trimtab.triton_kernels import token_loss as kernels
-
 from trimtab import testing
 from trimtab.reference import token_loss as reference
+from trimtab.triton_kernels import token_loss as kernels
 
 # Infinities and NaN pass in silence on a GPU; numpy, which runs the interpreter, warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -460,6 +459,18 @@ def test_a_row_does_not_depend_on_its_batch(vocab: int):
     ]
     for all_rows, *one in zip(together, *alone, strict=True):
         testing.assert_same_bits(torch.cat(one), all_rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="4.6 GB of logits, for a GPU")
+def test_more_rows_and_elements_than_small_integers_hold():
+    logits = torch.zeros(70_000, 32_768, dtype=torch.float16, device=DEVICE)
+    target = torch.arange(70_000, device=DEVICE) % 32_768
+    logits[-1] = torch.randn(32_768)
+    alone = run_loss(logits[-1:].clone(), target[-1:])
+    loss, grad = run_loss(logits, target, grad=logits)
+    testing.assert_same_bits(loss[-1:], alone[0])
+    testing.assert_same_bits(grad[-1:], alone[1])
 
 
 def test_no_rows():

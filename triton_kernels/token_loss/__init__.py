@@ -6,7 +6,7 @@ For a row ``raw`` with target ``y``, in float32::
     z_v   = softcap * tanh(u_v / softcap) * inv_temperature    (no softcap: u_v * inv_temperature)
     m     = max_v z_v                   s_y = z_y - m
     rest  = sum_{v != y} exp(z_v - m)   total = rest + exp(s_y)      1 - p_y = rest / total
-    nll   = log(total) - s_y            (log1p(rest) - s_y where z_y is the maximum)
+    nll   = log(total) - s_y            (log1p(rest / exp(s_y)) where p_y > 1/2)
     lse   = m + log(total)
     H     = log(total) - sum_v exp(z_v - m) (z_v - m) / total
 
@@ -18,8 +18,9 @@ be differences of nearly equal numbers. Every gradient has one form, with row sc
 and a scalar of its own for ``v = y``. One program takes one row, in two passes. The first keeps a
 running maximum and sum in each lane (Milakov and Gimelshein, "Online normalizer calculation for
 softmax", 2018) and combines the lanes once, at the end of the row. The second reads the row again,
-last tile first because that one is the likeliest still in the L2 cache, and writes the gradient. A
-tile that holds neither the target nor the end of the row runs without masks.
+last tile first because that one is the likeliest still in the L2 cache, and writes the gradient,
+which may be in place: the sums over the lanes stand between the last read of the first pass and the
+first write. A tile that holds neither the target nor the end of the row runs without masks.
 
 The launchers take the arguments of the row operators in ``trimtab._schemas``, in their order; the
 caller has checked them. They allocate nothing and return nothing.

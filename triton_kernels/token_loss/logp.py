@@ -43,7 +43,7 @@ def logp_kernel(
         return
     y = y.to(tl.int32)
     if inv_temperature_ptr is not None:
-        scale *= tl.load(inv_temperature_ptr + row)
+        scale *= tl.load(inv_temperature_ptr + row).to(tl.float32)
     EVICT: tl.constexpr = "evict_first" if grad_ptr is None else "evict_last"
     m, _, rest, total, nll, log_total, entropy, _, _, best_tile = read_row(
         row_ptr, None, V, y, slope, scale,
@@ -84,7 +84,7 @@ def logp_backward_kernel(
         return
     y = y.to(tl.int32)
     if inv_temperature_ptr is not None:
-        scale *= tl.load(inv_temperature_ptr + row)
+        scale *= tl.load(inv_temperature_ptr + row).to(tl.float32)
     HAS_ENTROPY: tl.constexpr = grad_entropy_ptr is not None
     m, s_y, rest, total, _, log_total, entropy, _, _, _ = read_row(
         row_ptr, None, V, y, slope, scale,
@@ -94,11 +94,11 @@ def logp_backward_kernel(
     g_entropy = 0.0
     g_lse = 0.0
     if grad_logp_ptr is not None:
-        g_logp = tl.load(grad_logp_ptr + row)
+        g_logp = tl.load(grad_logp_ptr + row).to(tl.float32)
     if HAS_ENTROPY:
-        g_entropy = tl.load(grad_entropy_ptr + row)
+        g_entropy = tl.load(grad_entropy_ptr + row).to(tl.float32)
     if grad_lse_ptr is not None:
-        g_lse = tl.load(grad_lse_ptr + row)
+        g_lse = tl.load(grad_lse_ptr + row).to(tl.float32)
     # Of a target at -inf, p_y is 0 and log p_y must stay finite.
     log_p_y = tl.maximum(s_y, FLOOR) - log_total
     at_target = exp(s_y) / total * (g_lse - g_entropy * (log_p_y + entropy))

@@ -41,7 +41,7 @@ def loss_kernel(
     )  # fmt: skip
     w_y = 1.0
     if class_weight_ptr is not None:
-        w_y = tl.load(class_weight_ptr + y)
+        w_y = tl.load(class_weight_ptr + y).to(tl.float32)
     lse = m + log_total
     loss = (1.0 - label_smoothing) * w_y * nll + lse_square_scale * lse * lse
     if HAS_SMOOTHING:
@@ -50,7 +50,7 @@ def loss_kernel(
     if grad_ptr is not None:
         c = 1.0
         if coef_ptr is not None:
-            c = tl.load(coef_ptr + row)
+            c = tl.load(coef_ptr + row).to(tl.float32)
         s = c * label_smoothing / V
         main = c * (1.0 - label_smoothing) * w_y
         extra = s * weight_sum + c * 2.0 * lse_square_scale * lse

@@ -194,7 +194,12 @@ def _result(
         "vocabulary": vocabulary,
         "loss": {
             dtype: {
-                name: {"seconds": m.seconds, "extra_bytes": m.peak, "largest_error": m.errors}
+                name: {
+                    "seconds": m.seconds,
+                    "extra_bytes": m.peak,
+                    "largest_error": m.errors,
+                    "over_budget": m.over,
+                }
                 for name, m in both.items()
             }
             for dtype, both in found.items()

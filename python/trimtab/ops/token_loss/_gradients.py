@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# A slice of the head's gradient that stays in the L2 cache between its product and its sum.
-_SLICE_BYTES = 4 * 2**20
+# Rows of the head's gradient that are summed while their product is still in a cache. Products of
+# 500 rows ran four times slower than of 2,000 (bfloat16, D 1024, AMX).
+_SLICE_ROWS = 2048
 
 
 class HeadGradients:
@@ -86,16 +87,17 @@ class HeadGradients:
         return self.input, self.weight, self.bias
 
     def _add_weight(self, grad_logits: Tensor, input: Tensor, last: bool) -> None:
-        if self.accum_dtype == self.compute_dtype == self.weight.dtype:
+        own_dtype = self.weight.dtype == self.compute_dtype
+        if grad_logits.is_cuda and self.compute_dtype != self.accum_dtype == torch.float32:
+            self._add_weight_wide(grad_logits, input)
+        elif own_dtype and (self.accum_dtype == self.compute_dtype or self.sum is None):
+            # The first product waits in the gradient itself: in its own dtype nothing is lost.
             beta = 0 if self.sum is None else 1
             torch.addmm(self.weight, grad_logits.t(), input, beta=beta, out=self.weight)
             self.sum = self.weight
-        elif grad_logits.is_cuda and self.accum_dtype == torch.float32:
-            self._add_weight_wide(grad_logits, input)
-        elif self.sum is None and self.weight.dtype == self.compute_dtype:
-            # A product in the head's own dtype loses nothing by waiting there.
-            torch.mm(grad_logits.t(), input, out=self.weight)
-            self.sum = self.weight
+        elif own_dtype and last and self.sum is self.weight:
+            # The second of two is added inside the product, which sums in float32.
+            torch.addmm(self.weight, grad_logits.t(), input, out=self.weight)
         else:
             self._add_weight_sliced(grad_logits, input, last)
 
@@ -121,10 +123,10 @@ class HeadGradients:
         elif previous is None or previous is self.weight:
             self.sum = torch.empty_like(self.weight, dtype=self.accum_dtype)
         assert self.sum is not None
-        step = max(1, _SLICE_BYTES // (input.shape[1] * input.element_size()))
-        buffer = input.new_empty((min(step, self.weight.shape[0]), input.shape[1]))
-        for start in range(0, self.weight.shape[0], step):
-            here = slice(start, min(start + step, self.weight.shape[0]))
+        rows = self.weight.shape[0]
+        buffer = input.new_empty((min(_SLICE_ROWS, rows), input.shape[1]))
+        for start in range(0, rows, _SLICE_ROWS):
+            here = slice(start, min(start + _SLICE_ROWS, rows))
             part = buffer[: here.stop - here.start]
             torch.mm(grad_logits[:, here].t(), input, out=part)
             self.accumulate(None if previous is None else previous[here], part, self.sum[here])

@@ -9,6 +9,7 @@ import torch
 
 import trimtab
 from token_loss_cases import LOW_PRECISION, ODD_SIZES, check_linear_cross_entropy, problem
+from trimtab.ops.token_loss import _chunks
 from trimtab.testing import assert_same_bits, assert_within_budget, values_and_grads
 
 OPTIONS = [

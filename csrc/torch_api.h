@@ -56,7 +56,7 @@ inline void check_vector(const char* argument, const Tensor& tensor, int64_t len
 inline void check_rows(const char* argument, const Tensor& tensor, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
                   argument, " must be of shape (", rows, ", ", columns, ")");
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, argument,
+  STD_TORCH_CHECK(rows == 0 || columns <= 1 || tensor.stride(1) == 1, argument,
                   " must have contiguous rows, got stride ", tensor.stride(1));
 }
 

@@ -85,8 +85,9 @@ def test_04_gradient_of_a_confident_target_cancels(case, probability, dtype):
     ):
         assert ours <= eager + torch.finfo(result).eps
         # The target is kept out of the sum, so that a confident row has the accuracy of any other.
+        # What is left is the rounding of the exponent, the log-odds.
         if case.impl != "reference":
-            assert ours <= 4 * torch.finfo(result).eps
+            assert ours <= (4 + float(odds)) * torch.finfo(result).eps
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])

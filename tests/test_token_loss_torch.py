@@ -261,7 +261,16 @@ ERRORS = [
     (ValueError, "token_weight must be given", {"normalizer": "token_weight"}),
     (ValueError, "label_smoothing must be in", {"label_smoothing": 1.5}),
     (ValueError, "softcap must be positive", {"softcap": 0.0}),
-    (ValueError, "logit_scale must be a number", {"logit_scale": float("nan")}),
+    (ValueError, "logit_scale must be finite", {"logit_scale": float("nan")}),
+    (TypeError, "logit_scale must be a number", {"logit_scale": torch.tensor(1.0)}),
+    (ValueError, "lse_square_scale must be finite", {"lse_square_scale": float("inf")}),
+    (ValueError, "input must be of shape", {"linear_weight": torch.zeros(5, 2, 3)}),
+    (
+        ValueError,
+        "options must be None",
+        {"linear_weight": torch.zeros(5, 2, 4), "options": trimtab.TokenLossOptions()},
+    ),
+    (TypeError, "options must be a TokenLossOptions", {"options": {"chunk_size": 3}}),
     (ValueError, "impl must be one of", {"impl": "cuda"}),
     (
         TypeError,

@@ -95,8 +95,11 @@ def check_linear_cross_entropy(
         *(["token_weight.grad"] if weighted else []),
     ]
     assert len(actual) == len(names)
+    # Rounding z moves its probability by eps * |z|; in 16 bits eager's own error covers that.
+    amplified = 1.0 + scales["z"] if dtype == torch.float32 else 1.0
     for name, ours, theirs, true in zip(names, actual, eager, truth, strict=True):
-        assert_within_budget(ours, theirs, true, name=name, scale=scales.get(name, 0.0))
+        scale = scales.get(name, 0.0) * (amplified if name.endswith("grad") else 1.0)
+        assert_within_budget(ours, theirs, true, name=name, scale=scale)
 
 
 def term_magnitudes(
@@ -135,4 +138,6 @@ def term_magnitudes(
     total = terms.max() if reduction == "none" else terms.sum(-1).max()
     if reduction == "mean":
         total = total / (given.target != -100).sum().clamp(min=1)
-    return {name: float(scale) for name, scale in {**scales, "loss": total}.items()}
+    return {
+        name: float(scale) for name, scale in {**scales, "loss": total, "z": z.abs().max()}.items()
+    }

@@ -12,7 +12,9 @@ const RowTable& rows_for_this_processor() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return avx512_rows;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_rows;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return avx2_rows;
 #endif
   return generic_rows;
 }
@@ -71,6 +73,8 @@ void set_grad(Rows& rows, const Tensor& logits, const Tensor* grad) {
   check_rows("grad", *grad, logits.size(0), logits.size(1));
   STD_TORCH_CHECK(grad->scalar_type() == logits.scalar_type(),
                   "grad must be of the dtype of logits");
+  STD_TORCH_CHECK(grad->size(0) <= 1 || grad->stride(0) >= grad->size(1),
+                  "grad must have rows that do not overlap, got stride ", grad->stride(0));
   rows.grad = static_cast<Element*>(grad->data_ptr());
   rows.grad_stride = grad->stride(0);
 }
@@ -171,7 +175,8 @@ void accumulate(const OptionalTensor& accumulator, const Tensor& part, const Ten
       STD_TORCH_CHECK(tensor.numel() == count && tensor.is_contiguous(), argument,
                       " must be contiguous and of the shape of part");
       const bool same = tensor.scalar_type() == part.scalar_type();
-      STD_TORCH_CHECK(same || tensor.scalar_type() == ScalarType::Float, argument,
+      const bool is_float = tensor.scalar_type() == ScalarType::Float;
+      STD_TORCH_CHECK(same || (is_float && !std::is_same_v<Element, double>), argument,
                       " must be float32 or of the dtype of part");
       if (same)
         narrow = static_cast<std::remove_reference_t<decltype(narrow)>>(tensor.data_ptr());

@@ -76,31 +76,40 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
-// z and its slope from raw logits; without a softcap z is one product and the slope constant.
+// From raw logits to s = z - max z, and the slope of z. z is a constant times u, where u is the
+// logit or, with a softcap, its tanh. Subtracting the largest u before the product makes s exactly
+// 0 at the maximum, whatever the constant.
 template <class Real, bool is_capped>
 struct Transform {
   using L = Lanes<Real>;
   using Vector = typename L::Vector;
   static constexpr bool capped = is_capped;
-  Real scale, softcap, inv_temperature;
+  Real scale, softcap, inv_temperature, factor, largest_u = 0;
 
   Transform(double logit_scale, double cap, Real inverse)
       : scale(static_cast<Real>(logit_scale)),
         softcap(static_cast<Real>(cap)),
-        inv_temperature(inverse) {}
-  Vector bent(Vector raw) const { return L::tanh(raw * scale / softcap); }
-  Vector operator()(Vector raw) const {
-    if constexpr (capped) return bent(raw) * softcap * inv_temperature;
-    return raw * scale * inv_temperature;
+        inv_temperature(inverse),
+        factor((capped ? softcap : scale) * inverse) {}
+  Vector u(Vector raw) const {
+    if constexpr (capped) return L::tanh(raw * scale / softcap);
+    return raw;
   }
+  Vector shift(Vector raw) const { return (u(raw) - largest_u) * factor; }
   Vector slope(Vector raw) const {
     if constexpr (capped) {
-      const Vector t = bent(raw);
+      const Vector t = u(raw);
       return (1 - t) * (1 + t) * (scale * inv_temperature);
     }
-    return L::spread(scale * inv_temperature);
+    return L::spread(factor);
   }
-  Real of_one(Real raw) const { return first((*this)(L::spread(raw))); }
+  // The transform is monotone: the largest z comes from the largest logit, or with a negative scale
+  // from the smallest.
+  Real set_maximum(Real raw) {
+    largest_u = first(u(L::spread(raw)));
+    return largest_u * factor;
+  }
+  Real shift_of_one(Real raw) const { return first(shift(L::spread(raw))); }
   Real slope_of_one(Real raw) const { return first(slope(L::spread(raw))); }
   static Real first(Vector x) {
     if constexpr (L::width == 1)
@@ -117,19 +126,17 @@ RealOf<Element> element(const Element* row, int64_t v) {
   return to_real(row[v]);
 }
 
-// The transform is monotone: the largest z comes from the largest logit, or with a negative scale
-// from the smallest.
-template <class Element, class T>
-RealOf<Element> row_maximum(const Element* row, int64_t classes, const T& transform) {
+template <class Element>
+RealOf<Element> extreme_logit(const Element* row, int64_t classes, bool smallest) {
   using Real = RealOf<Element>;
   using L = Lanes<Real>;
-  const Real sign = transform.scale < 0 ? -1 : 1;
+  const Real sign = smallest ? -1 : 1;
   typename L::Vector best = L::spread(-std::numeric_limits<Real>::infinity());
   sweep(row, 0, classes, [&](auto raw, int64_t, auto mask) {
     const auto directed = raw * sign;
     best = L::choose(mask & (directed > best), directed, best);
   });
-  return transform.of_one(L::maximum(best) * sign);
+  return L::maximum(best) * sign;
 }
 
 // Sums over [begin, end), which leaves the target out. `scratch`, if any, receives exp(z - max).
@@ -144,7 +151,7 @@ void add_sums(const Element* row, int64_t begin, int64_t end, const T& transform
   for (int64_t from = begin; from < end; from += block) {
     const int64_t to = from + block < end ? from + block : end;
     sweep(row, from, to, [&](auto raw, int64_t v, auto mask) {
-      const auto shift = transform(raw) - sums.maximum;
+      const auto shift = transform.shift(raw);
       const auto e = L::choose(mask, L::exp_of_nonpositive(shift), typename L::Vector{});
       rest.add(e);
       if (scratch) store_lanes(scratch + v, e, end - v);
@@ -168,13 +175,12 @@ void add_sums(const Element* row, int64_t begin, int64_t end, const T& transform
 }
 
 template <Extra extra, class Element, class T>
-RowSums<RealOf<Element>> row_sums(const Element* row, int64_t classes, int64_t target,
-                                  const T& transform, const RealOf<Element>* weight,
-                                  RealOf<Element>* scratch) {
+RowSums<RealOf<Element>> row_sums(const Element* row, int64_t classes, int64_t target, T& transform,
+                                  const RealOf<Element>* weight, RealOf<Element>* scratch) {
   using Real = RealOf<Element>;
   RowSums<Real> sums{};
-  sums.maximum = row_maximum(row, classes, transform);
-  sums.target_shift = transform.of_one(element(row, target)) - sums.maximum;
+  sums.maximum = transform.set_maximum(extreme_logit(row, classes, transform.scale < 0));
+  sums.target_shift = transform.shift_of_one(element(row, target));
   sums.target_class_weight = weight ? weight[target] : Real{1};
   if (scratch) scratch[target] = 0;
   add_sums<extra>(row, 0, target, transform, weight, scratch, sums);
@@ -206,7 +212,7 @@ void write_gradient(const Element* row, int64_t classes, int64_t target, const T
     const auto p = load_lanes(scratch + v, classes - v) * inverse;
     auto d = p * flat;
     if constexpr (extra == Extra::entropy)
-      d = L::choose(p > 0, p * (flat + tilt * (transform(raw) - sums.maximum)), d);
+      d = L::choose(p > 0, p * (flat + tilt * transform.shift(raw)), d);
     if constexpr (extra == Extra::smoothing) {
       const auto w = weight ? load_lanes(weight + v, classes - v) : L::spread(1);
       d += smooth * (p * gradient.class_weight_sum - w);
@@ -228,7 +234,7 @@ template <class Element, bool capped, Extra extra>
 void loss_row(const LossRows<Element>& rows, RealOf<Element>* scratch, int64_t i) {
   using Real = RealOf<Element>;
   const Element* row = rows.logits + i * rows.logits_stride;
-  const Transform<Real, capped> transform(rows.logit_scale, rows.softcap, 1);
+  Transform<Real, capped> transform(rows.logit_scale, rows.softcap, 1);
   const LossOptions<Real> options{static_cast<Real>(rows.label_smoothing),
                                   static_cast<Real>(rows.lse_square_scale)};
   const int64_t target = rows.target[i];
@@ -265,26 +271,35 @@ void loss_rows(const LossRows<Element>& rows, int64_t begin, int64_t end) {
   }
 }
 
-// The first of the largest logits, or the first NaN.
-template <class Element, class T>
-int64_t argmax(const Element* row, int64_t classes, RealOf<Element> maximum, bool has_nan,
-               const T& transform) {
+// The first element that `is` holds for, or -1.
+template <class Element, class F>
+int64_t find_first(const Element* row, int64_t classes, F&& is) {
   using L = Lanes<RealOf<Element>>;
   constexpr int64_t block = 64 * L::width;
   for (int64_t from = 0; from < classes; from += block) {
     const int64_t to = from + block < classes ? from + block : classes;
     typename L::Vector found{};
     sweep(row, from, to, [&](auto raw, int64_t, auto mask) {
-      const auto z = transform(raw);
-      found += L::choose(mask & ((z == maximum) | (z != z)), L::spread(1), L::spread(0));
+      found += L::choose(mask & is(raw), L::spread(1), L::spread(0));
     });
     if (L::sum(found) == 0) continue;
     for (int64_t v = from; v < to; ++v) {
-      const auto z = transform.of_one(element(row, v));
-      if (has_nan ? z != z : z == maximum) return v;
+      const auto hit = L::choose(is(L::spread(element(row, v))), L::spread(1), L::spread(0));
+      if (L::sum(hit) > 0) return v;
     }
   }
-  return 0;
+  return -1;
+}
+
+// As torch: the first NaN, else the first of the largest.
+template <class Element, class T>
+int64_t argmax(const Element* row, int64_t classes, bool may_have_nan, const T& transform) {
+  const auto is_nan = [](auto raw) { return raw != raw; };
+  const int64_t nan = may_have_nan ? find_first(row, classes, is_nan) : -1;
+  if (nan >= 0) return nan;
+  const auto is_largest = [&](auto raw) { return transform.u(raw) == transform.largest_u; };
+  const int64_t largest = find_first(row, classes, is_largest);
+  return largest >= 0 ? largest : 0;
 }
 
 template <class Element, bool capped>
@@ -292,7 +307,7 @@ void logp_row(const LogpRows<Element>& rows, RealOf<Element>* scratch, int64_t i
   using Real = RealOf<Element>;
   const Element* row = rows.logits + i * rows.logits_stride;
   const Real inverse = rows.inv_temperature ? rows.inv_temperature[i] : Real{1};
-  const Transform<Real, capped> transform(rows.logit_scale, rows.softcap, inverse);
+  Transform<Real, capped> transform(rows.logit_scale, rows.softcap, inverse);
   const int64_t target = rows.target[i];
   const bool forward = rows.logp != nullptr;
   const Real* const no_weight = nullptr;
@@ -303,8 +318,8 @@ void logp_row(const LogpRows<Element>& rows, RealOf<Element>* scratch, int64_t i
     rows.logp[i] = -statistics.nll;
     rows.entropy[i] = row_entropy(sums, statistics);
     rows.lse[i] = statistics.lse;
-    const bool has_nan = statistics.total != statistics.total;
-    rows.predicted[i] = argmax(row, rows.classes, sums.maximum, has_nan, transform);
+    const bool may_have_nan = statistics.total != statistics.total;
+    rows.predicted[i] = argmax(row, rows.classes, may_have_nan, transform);
   }
   if (!rows.grad) return;
   const Real grad_logp = forward ? Real{1} : rows.grad_logp ? rows.grad_logp[i] : Real{0};

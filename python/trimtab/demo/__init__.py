@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _NEEDED = ("transformers", "tokenizers", "matplotlib", "tqdm")
@@ -70,7 +71,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="only these, separated by commas (default: all)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the text's split and the models")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: one per core)")
+    parser.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the text's split and the models"
+    )
+    parser.add_argument(
+        "--threads", type=_at_least(1), help="threads of torch (default: one per core)"
+    )
     parser.add_argument("--quick", action="store_true", help="a small run, to see that it works")
     return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return number

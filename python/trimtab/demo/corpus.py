@@ -14,7 +14,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -22,8 +22,8 @@ DOMAINS = ("prose", "code")
 SPLITS = ("train", "validation", "tasks")
 END = "<|end|>"
 
-# Per cent of the files; the held-out ones are for the NLL matrix and, apart from it, the tasks.
-_VALIDATION_PERCENT, _TASKS_PERCENT = 7, 20
+# Of every 15 files in random order, what one is for; the validation text makes the NLL matrix.
+_TURNS = ("validation", *3 * ("tasks",), *11 * ("train",))
 _SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -91,7 +91,7 @@ def read_corpus(
     """Reads the standard library's documentation and source.
 
     Args:
-        seed: which files are held out (a hash of seed and file name, the same on every machine).
+        seed: which files are held out, through a hash of seed and file name.
         root: folder of the library; by default this interpreter's own.
         max_files: take only the first so many files in hash order (a small run).
         progress: wraps the list of files, as `tqdm` does.
@@ -100,7 +100,7 @@ def read_corpus(
         DemoError: the installation has no library source.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    files = sorted(_library_files(root), key=lambda path: _hash(seed, _name(path, root)))
+    files = sorted(_library_files(root), key=lambda path: _hash(seed, path.relative_to(root)))
     documents: dict[str, dict[str, list[str]]] = {s: {d: [] for d in DOMAINS} for s in SPLITS}
     seen: set[str] = set()
     n_files = 0
@@ -108,17 +108,18 @@ def read_corpus(
         parsed = _parse(path)
         if parsed is None:
             continue
-        n_files += 1
         docstrings, code = parsed
-        split = documents[_split(seed, _name(path, root))]
+        split = documents[_TURNS[n_files % len(_TURNS)]]
+        n_files += 1
         fresh = [text for text in map(_clean_prose, docstrings) if text and text not in seen]
         seen.update(fresh)
         if fresh:
             split["prose"].append("\n\n".join(fresh) + "\n")
         if len(code) > 200:
             split["code"].append(code)
-    for topic, text in _topics():
-        documents[_split(seed, "topic " + topic)]["prose"].append(_clean_prose(text) + "\n")
+    topics = sorted(_topics(), key=lambda topic: _hash(seed, topic[0]))
+    for index, (_, text) in enumerate(topics):
+        documents[_TURNS[index % len(_TURNS)]]["prose"].append(_clean_prose(text) + "\n")
     if any(not documents[s][d] for s in SPLITS for d in DOMAINS):
         raise DemoError(
             f"the standard library's source is not in {root} ({n_files} files could be read); run "
@@ -248,7 +249,7 @@ def _topics() -> list[tuple[str, str]]:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out; the docstrings are the larger part
         return []
-    return sorted(topics.items())
+    return list(topics.items())
 
 
 def _head(texts: list[str], size: int) -> Iterator[str]:
@@ -259,16 +260,7 @@ def _head(texts: list[str], size: int) -> Iterator[str]:
         size -= len(text)
 
 
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _hash(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
-
-
-def _split(seed: int, name: str) -> str:
-    share = _hash(seed, "split/" + name) % 100
-    if share < _VALIDATION_PERCENT:
-        return "validation"
-    return "tasks" if share < _VALIDATION_PERCENT + _TASKS_PERCENT else "train"
+def _hash(seed: int, name: PurePath | str) -> bytes:
+    """A place in a random order that depends on nothing but its arguments."""
+    text = name.as_posix() if isinstance(name, PurePath) else name
+    return hashlib.sha256(f"{seed}/{text}".encode()).digest()

@@ -7,7 +7,7 @@ import re
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trimtab.demo.laws import MEAN, SALIENCE, Measurements, Outcome
+from trimtab.demo.laws import MEAN, SALIENCES, Measurements, Outcome
 from trimtab.demo.models import Plan
 
 _COLOURS = ("#c2571a", "#dd9a3c", "#4f8fbf", "#274b7a", "#6a9a4a", "#7a5195")
@@ -47,9 +47,9 @@ def draw_curves(data: Measurements, plan: Plan) -> Figure:
 
 def draw_held_out(data: Measurements, outcomes: list[Outcome]) -> Figure:
     """Predicted against measured, a row per law, a column per task, colours for the splits."""
-    laws = (SALIENCE, MEAN)
+    laws = (MEAN, *SALIENCES)
     count = len(data.tasks)
-    figure = Figure(figsize=(3.1 * count, 6.0), layout="constrained")
+    figure = Figure(figsize=(3.1 * count, 2.9 * len(laws)), layout="constrained")
     axes = figure.subplots(len(laws), count, squeeze=False, sharex="col", sharey="col")
     for row, law in enumerate(laws):
         for column, task in enumerate(data.tasks):
@@ -65,7 +65,7 @@ def draw_held_out(data: Measurements, outcomes: list[Outcome]) -> Figure:
                 )  # fmt: skip
             if row == 0:
                 axis.set_title(task)
-            else:
+            if row == len(laws) - 1:
                 axis.set_xlabel("measured accuracy")
             if column == 0:
                 axis.set_ylabel(f"predicted from {law}")

@@ -1,13 +1,13 @@
-"""Held-out comparison of four laws that predict accuracy: compute, mean loss, own domain, salience.
+"""Held-out comparison of laws that predict accuracy: compute, mean loss, own domain, salience.
 
-All four are the same sigmoid fitted in the same way; they differ in the number that goes into it.
+All are the same sigmoid fitted in the same way; they differ in the number that goes into it.
 Models are held out by whole runs, mixtures or sizes, never as neighbours on one training curve.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,10 @@ import trimtab
 from trimtab.algorithms.capability_salience import choose_regularization
 from trimtab.demo.models import Checkpoint, Plan
 
-COMPUTE, MEAN, DOMAIN, SALIENCE = "compute", "mean loss", "own domain", "salience"
-LAWS = (COMPUTE, MEAN, DOMAIN, SALIENCE)
-_GRID = (math.inf, 1.0, 0.3, 0.1, 0.03, 0.01)  # of the regularization; infinity is the mean loss
+COMPUTE, MEAN, DOMAIN = "compute", "mean loss", "own domain"
+TABLE, HEAD = "salience table", "salience head"  # a free weight per token; a head on features
+BASELINES, SALIENCES = (COMPUTE, MEAN, DOMAIN), (TABLE, HEAD)
+LAWS = BASELINES + SALIENCES
 _RESAMPLES = 2000
 
 
@@ -33,6 +34,7 @@ class Measurements:
     tasks: list[str]
     chance: list[float]  # (C)
     columns: list[slice]  # (C) the tokens of each task's own domain
+    features: Tensor  # (N, F) of the validation tokens, from a model outside the family
 
     @property
     def run(self) -> Tensor:  # (M,)
@@ -64,7 +66,7 @@ class Outcome:
     split: str
     models: Tensor  # (H,) indices
     predicted: dict[str, Tensor]  # (H, C) per law
-    regularization: list[list[float]]  # chosen per fold and task
+    fitted: dict[str, list[trimtab.CapabilitySalience]]  # per fold
 
     def mse(self, law: str, data: Measurements) -> Tensor:  # (C,)
         """Mean squared error over the held-out models."""
@@ -75,12 +77,13 @@ class Outcome:
         measured = data.accuracy[self.models]
         return 1.0 - self.mse(law, data) / measured.var(0, correction=0)
 
-    def confidence(self, law: str, data: Measurements, seed: int) -> Tensor:  # (C,)
-        """Share of resamplings of the runs in which salience has the lower error; a tie is half."""
-        measured = data.accuracy[self.models]
-        gain = (self.predicted[law] - measured).square() - (
-            self.predicted[SALIENCE] - measured
-        ).square()
+    def confidence(self, ours: str, other: str, data: Measurements, seed: int) -> Tensor:  # (C,)
+        """Share of resamplings of the runs in which `ours` has the lower error; a tie is half."""
+        errors = {
+            law: (self.predicted[law] - data.accuracy[self.models]).square()
+            for law in (ours, other)
+        }
+        gain = errors[other] - errors[ours]
         _, run = data.run[self.models].unique(return_inverse=True)
         runs = int(run.max()) + 1
         totals = torch.zeros(runs, gain.shape[1], dtype=gain.dtype).index_add_(0, run, gain)
@@ -105,40 +108,60 @@ def splits(checkpoints: list[Checkpoint], plan: Plan) -> list[Split]:
 
 
 def compare(
-    data: Measurements, split: Split, on_fold: Callable[[], object] = lambda: None
+    data: Measurements,
+    split: Split,
+    grid: Sequence[float],
+    on_fold: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Predicts every held-out model of a split by every law.
 
-    The regularization of the salience vector is chosen among the fit's own models alone, by holding
-    out some of them by `split.folds`.
+    The regularization of the salience vectors is chosen from `grid` among the fit's own models
+    alone, by holding out some of them by `split.folds`.
     """
     found: dict[str, list[Tensor]] = {law: [] for law in LAWS}
-    chosen = []
+    fitted: dict[str, list[trimtab.CapabilitySalience]] = {law: [] for law in SALIENCES}
     for label in split.held:
         test, fit = split.labels == label, split.labels != label
-        for law in LAWS[:-1]:
+        for law in BASELINES:
             found[law].append(_baseline(law, data, fit, test))
-        vector = fit_salience(data, fit, split.folds)
-        chosen.append(list(vector.regularization))
-        found[SALIENCE].append(vector.predict(data.nll[test]).double())
+        for law in SALIENCES:
+            vector = fit_salience(law, data, fit, split.folds, grid)
+            fitted[law].append(vector)
+            found[law].append(vector.predict(data.nll[test]).double())
         on_fold()
     predicted = {law: torch.cat(parts) for law, parts in found.items()}
-    return Outcome(split.name, split.models, predicted, chosen)
+    return Outcome(split.name, split.models, predicted, fitted)
 
 
 def fit_salience(
+    law: str,
     data: Measurements,
     fit: Tensor,  # (M,) bool
     folds: Tensor,  # (M,) labels
+    grid: Sequence[float],
 ) -> trimtab.CapabilitySalience:
-    """The salience vector on some models, its regularization chosen by cross-validation on them."""
+    """A salience vector on some models, its regularization chosen by cross-validation on them."""
     nll, accuracy, folds = data.nll[fit], data.accuracy[fit], folds[fit]
     if len(folds.unique()) < 2:
         folds = data.run[fit]
-    choice = choose_regularization(nll, accuracy, grid=_GRID, folds=folds, floor=data.chance)
-    return trimtab.CapabilitySalience(
-        len(data.tasks), floor=data.chance, regularization=choice.regularization
-    ).fit(nll, accuracy)
+    features = data.features if law == HEAD else None
+    weights = "head" if law == HEAD else "table"
+    choice = choose_regularization(
+        nll,
+        accuracy,
+        grid=grid,
+        folds=folds,
+        features=features,
+        floor=data.chance,
+        weights=weights,
+    )
+    vector = trimtab.CapabilitySalience(
+        len(data.tasks),
+        floor=data.chance,
+        weights=weights,
+        regularization=choice.regularization,
+    )
+    return vector.fit(nll, accuracy, features=features)
 
 
 def fit_mean_law(data: Measurements, fit: Tensor) -> trimtab.CapabilitySalience:

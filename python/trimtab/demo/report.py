@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,10 @@ def _table(table: Table) -> str:
 
 
 def _row(tag: str, cells: Iterable[str], labels: int) -> str:
+    kinds = (' class="label"' if i < labels else "" for i in count())
     parts = (
-        f"<{tag}{' class=label' if i < labels else ''}>{html.escape(cell)}</{tag}>"
-        for i, cell in enumerate(cells)
+        f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+        for kind, cell in zip(kinds, cells, strict=False)
     )
     return f"<tr>{''.join(parts)}</tr>"
 

@@ -18,9 +18,11 @@ from trimtab.demo.figures import draw_curves, draw_held_out, draw_token_kinds
 from trimtab.demo.laws import (
     COMPUTE,
     DOMAIN,
+    HEAD,
     LAWS,
     MEAN,
-    SALIENCE,
+    SALIENCES,
+    TABLE,
     Measurements,
     Outcome,
     compare,
@@ -39,16 +41,25 @@ from trimtab.demo.section import (
     Table,
 )
 from trimtab.demo.tasks import measure
-from trimtab.demo.verdict import Duel, by_split, overall, verdict
+from trimtab.demo.verdict import BY_SPLIT, Duel, by_split, overall, verdict
 
 _LEAST_COUNT = 10  # times that a token id stands in the validation text, to be listed
 _LISTED = 10
+_FEATURES = 16  # principal components of the reader's states
+_WORDS = {
+    MEAN: "the mean loss",
+    DOMAIN: "the loss of the task's own domain",
+    TABLE: "token salience (table)",
+    HEAD: "token salience (head)",
+}
+Duels = dict[str, dict[str, list[Duel]]]  # other law, then variant of salience in words
 
 
 def run(context: Context) -> Result:
     """Measures the family, fits the laws, predicts what was held out, shows the salient tokens."""
     text = validation_text(context)
     data = measure_family(context, text)
+    grid = context.settings.regularizations
     ways = splits(data.checkpoints, context.settings.plan)
     n_folds = sum(len(way.held) for way in ways)
     with (
@@ -57,21 +68,27 @@ def run(context: Context) -> Result:
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
-        outcomes = [compare(data, way, bar.update) for way in ways]
+        outcomes = [compare(data, way, grid, bar.update) for way in ways]
         everyone = torch.ones(len(data.checkpoints), dtype=torch.bool)
-        final = fit_salience(data, everyone, ways[0].folds)
+        final = fit_salience(TABLE, data, everyone, ways[0].folds, grid)
         bar.update()
     unfinished = sum("converged" in str(w.message) for w in caught)
-    duels = {law: _duels(outcomes, law, data, context.seed) for law in (MEAN, DOMAIN)}
+    duels = {
+        other: {
+            _WORDS[ours]: _duels(outcomes, ours, other, data, context.seed) for ours in SALIENCES
+        }
+        for other in (MEAN, DOMAIN)
+    }
     sentences = [
-        verdict("the mean loss", duels[MEAN]),
-        verdict("the loss of the task's own domain", duels[DOMAIN]),
-        overall(duels[MEAN], duels[DOMAIN], own_shares(final, data)),
+        verdict(ours.capitalize(), _WORDS[other], found)
+        for other, pairs in duels.items()
+        for ours, found in pairs.items()
     ]
+    sentences.append(overall(duels[MEAN], duels[DOMAIN], own_shares(final, data)))
     with context.timed("salience: figures"):
         blocks = [
             *_about_models(context, data),
-            *_about_predictions(context, data, outcomes, duels),
+            *_about_predictions(context, data, outcomes, duels, unfinished),
             *_about_tokens(context, data, text, final),
         ]
     return Result(
@@ -113,7 +130,19 @@ def measure_family(context: Context, text: Tensor) -> Measurements:
         [task.name for task in tasks],
         [task.chance for task in tasks],
         [own[task.domain] for task in tasks],
+        token_features(context.reader, text),
     )
+
+
+@torch.inference_mode()
+def token_features(model: Any, text: Tensor) -> Tensor:  # (S, T) -> (N, F)
+    """What the head knows of a token: leading principal components of the state it leaves."""
+    parts = [model.model(input_ids=rows).last_hidden_state[:, 1:] for rows in text.split(32)]
+    states = torch.cat(parts).flatten(0, 1).double()
+    states -= states.mean(0)
+    values, axes = torch.linalg.eigh(states.T @ states / len(states))
+    kept = min(_FEATURES, len(values))
+    return (states @ axes[:, -kept:] / values[-kept:].sqrt()).float()
 
 
 def own_shares(fitted: CapabilitySalience, data: Measurements) -> list[float]:
@@ -122,26 +151,28 @@ def own_shares(fitted: CapabilitySalience, data: Measurements) -> list[float]:
     return [weight[columns].double().sum().item() for weight, columns in pairs]
 
 
-def _duels(outcomes: list[Outcome], law: str, data: Measurements, seed: int) -> list[Duel]:
+def _duels(
+    outcomes: list[Outcome], ours: str, other: str, data: Measurements, seed: int
+) -> list[Duel]:
     found = []
     for outcome in outcomes:
-        confidence = outcome.confidence(law, data, seed).tolist()
-        ours, other = outcome.mse(SALIENCE, data).tolist(), outcome.mse(law, data).tolist()
-        found += [
-            Duel(outcome.split, *row)
-            for row in zip(data.tasks, ours, other, confidence, strict=True)
-        ]
+        confidence = outcome.confidence(ours, other, data, seed).tolist()
+        errors = (outcome.mse(law, data).tolist() for law in (ours, other))
+        rows = zip(data.tasks, *errors, confidence, strict=True)
+        found += [Duel(outcome.split, *row) for row in rows]
     return found
 
 
 def _summary_table(outcomes: list[Outcome], data: Measurements) -> Table:
-    laws = (MEAN, DOMAIN, SALIENCE)
-    short = [law.split()[0] for law in laws]
+    laws = (MEAN, DOMAIN, *SALIENCES)
+    short = ("mean", "own", "table", "head")
     return Table(
-        "Accuracy of models that the fit has not seen, predicted by three laws that differ in what "
+        "Accuracy of models that the fit has not seen, predicted by four laws that differ in what "
         "goes into the same sigmoid: the mean loss of the validation text (mean), the mean loss of "
-        "the half of it that is like the task (own), the salience-weighted loss. R² and mean "
-        "squared error (MSE) are over all held-out models of a row.",
+        "the half of it that is like the task (own), and the salience-weighted loss, with a free "
+        "weight per token (table) or with weights from a linear head on the states of a small "
+        "model outside the family (head). R² and mean squared error (MSE) are over all held-out "
+        "models of a row.",
         ["held out", "task", *(f"R² {s}" for s in short), *(f"MSE {s}" for s in short)],
         _scores(outcomes, data, laws),
         labels=2,
@@ -162,10 +193,11 @@ def _scores(outcomes: list[Outcome], data: Measurements, laws: Sequence[str]) ->
 
 def _about_models(context: Context, data: Measurements) -> list[Block]:
     plan, corpus = context.settings.plan, context.corpus
-    characters = ", ".join(f"{n / 1e6:.1f} million of {d}" for d, n in corpus.n_characters.items())
+    millions = (f"{n / 1e6:.1f} million of {d}" for d, n in corpus.n_characters.items())
     introduction = (
-        f"Text: {corpus.n_files} files of the standard library, {characters} characters; a BPE "
-        f"tokenizer with {corpus.vocabulary} token ids was trained on them. Models: "
+        f"Text: {corpus.n_files} files of the standard library; characters: "
+        f"{' and '.join(millions)}. A BPE tokenizer with {corpus.vocabulary} token ids was trained "
+        "on them. Models: "
         f"{len(plan.runs)} training runs ({len(plan.mixtures)} mixtures of prose and code x "
         f"{len(plan.sizes)} sizes of Llama), {len(plan.steps)} checkpoints each, trained with "
         "trimtab.linear_cross_entropy. Training, validation text and tasks use different files."
@@ -214,19 +246,28 @@ def _about_models(context: Context, data: Measurements) -> list[Block]:
 
 
 def _about_predictions(
-    context: Context, data: Measurements, outcomes: list[Outcome], duels: dict[str, list[Duel]]
+    context: Context,
+    data: Measurements,
+    outcomes: list[Outcome],
+    duels: Duels,
+    unfinished: int,
 ) -> list[Block]:
     method = (
         "Models are held out by whole runs, by whole mixtures, or the largest size is predicted "
         "from the smaller ones. Nothing about held-out models enters a fit; the regularization is "
         "chosen by cross-validation among the models of the fit. Clearly better or worse means: in "
-        "95 of 100 resamplings of the runs."
+        "95 of 100 resamplings of the runs. Fits that stopped at the solver's step limit, those "
+        f"inside cross-validation included: {unfinished}."
     )
-    against = ((MEAN, "the mean loss"), (DOMAIN, "the loss of the task's own domain"))
-    findings = [sentence for law, words in against for sentence in by_split(words, duels[law])]
-    plan = context.settings.plan
-    larger = torch.tensor([c.run.size == plan.sizes[-1] for c in data.checkpoints])
-    vector = fit_salience(data, ~larger, splits(data.checkpoints, plan)[-1].folds)
+    findings = [
+        row
+        for other, pairs in duels.items()
+        for ours, found in pairs.items()
+        for row in by_split(ours, _WORDS[other], found)
+    ]
+    larger = torch.zeros(len(data.checkpoints), dtype=torch.bool)
+    larger[outcomes[-1].models] = True
+    (vector,) = outcomes[-1].fitted[TABLE]
     by_size = plot_predictions(
         vector, data.nll, data.accuracy, held_out=larger,
         baseline=fit_mean_law(data, ~larger), names=data.tasks,
@@ -234,7 +275,7 @@ def _about_predictions(
     return [
         Heading("Predicting what was held out"),
         Paragraph(method),
-        *map(Paragraph, findings),
+        Table("Which tasks went which way.", BY_SPLIT, findings, labels=len(BY_SPLIT)),
         Table(
             "For comparison, the law from training FLOP alone, under the same protocol.",
             ["held out", "task", "R² compute", "MSE compute"],
@@ -250,7 +291,7 @@ def _about_predictions(
         context.save(
             by_size,
             "salience_larger",
-            "The largest size predicted from the smaller ones: fitted models and held-out models.",
+            "The largest size predicted from the smaller ones, with a free weight per token.",
         ),
     ]
 
@@ -293,9 +334,9 @@ def _about_tokens(
         weight = torch.cat([final.salience[index][prose], between, final.salience[index][code]])
         caption = (
             f"A passage of prose and one of code under {task!r}: orange weighs more than uniform, "
-            "blue less."
+            "blue less. The first token of a window has no loss and is left out."
         )
-        picture = plot_tokens(words, weight, uniform=uniform, columns=100, title=task)
+        picture = plot_tokens(words, weight, uniform=uniform, columns=80, title=task)
         path = context.save(picture, f"salience_text_{task}", caption).path
         blocks.append(Snippet(tokens_html(words, weight, uniform=uniform), caption, path))
     return blocks
@@ -323,7 +364,7 @@ def _domain_columns(data: Measurements) -> dict[str, slice]:
 def _numbers(
     data: Measurements,
     outcomes: list[Outcome],
-    duels: dict[str, list[Duel]],
+    duels: Duels,
     final: CapabilitySalience,
     sentences: list[str],
 ) -> dict[str, Any]:
@@ -360,9 +401,16 @@ def _numbers(
         "validation_tokens": data.nll.shape[1],
         "checkpoints": checkpoints,
         "held_out": held_out,
-        "regularization": {o.split: o.regularization for o in outcomes},
+        "regularization": {
+            o.split: {law: [v.regularization for v in o.fitted[law]] for law in SALIENCES}
+            for o in outcomes
+        },
         "salience_against": {
-            law: [vars(d) | {"result": d.result} for d in found] for law, found in duels.items()
+            other: {
+                ours: [vars(d) | {"result": d.result} for d in found]
+                for ours, found in pairs.items()
+            }
+            for other, pairs in duels.items()
         },
         "fitted_on_all": {
             task: {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +92,7 @@ class Settings:
     plan: Plan
     validation_windows: int  # per domain
     task_windows: int  # per domain
+    regularizations: tuple[float, ...]  # tried in the fits; infinity is the mean loss
     speed_windows: int  # in the batch of the comparison with eager
     speed_rounds: int
 
@@ -115,11 +118,12 @@ FULL = Settings(
     ),
     validation_windows=100,
     task_windows=260,
+    regularizations=(math.inf, 1.0, 0.3, 0.1, 0.03, 0.01),
     speed_windows=64,
     speed_rounds=15,
 )
 QUICK = Settings(
-    max_files=160,
+    max_files=120,
     vocabulary=768,
     plan=Plan(
         mixtures=_MIXTURES[::3],
@@ -133,6 +137,7 @@ QUICK = Settings(
     ),
     validation_windows=32,
     task_windows=60,
+    regularizations=(math.inf, 0.3, 0.03),
     speed_windows=16,
     speed_rounds=3,
 )
@@ -171,10 +176,21 @@ class Context:
     @cached_property
     def family(self) -> Family:
         """The trained models."""
+        return self._train(self.settings.plan, "training")
+
+    @cached_property
+    def reader(self) -> Any:
+        """A model outside the family, of as much prose as code, whose states describe a text."""
         plan = self.settings.plan
+        size = plan.sizes[len(plan.sizes) // 2]
+        alone = replace(plan, mixtures=(Mixture("half", 0.5),), sizes=(size,))
+        family = self._train(replace(alone, steps=plan.steps[-1:]), "training a reader")
+        return family.model(family.checkpoints[0])
+
+    def _train(self, plan: Plan, label: str) -> Family:
         corpus = self.corpus
         total = len(plan.runs) * plan.steps[-1]
-        with self.timed("training"), self.bar(total, "training", "step") as bar:
+        with self.timed("training"), self.bar(total, label, "step") as bar:
 
             def on_step(run: Run, step: int, loss: float) -> None:
                 bar.update()
@@ -194,7 +210,11 @@ class Context:
         """A progress bar."""
         from tqdm import tqdm
 
-        return tqdm(total=total, desc=f"{label:<22}", unit=unit, dynamic_ncols=True)
+        # In a log every redraw is a line.
+        seconds = 0.1 if sys.stderr.isatty() else 15.0
+        return tqdm(
+            total=total, desc=f"{label:<19}", unit=unit, mininterval=seconds, dynamic_ncols=True
+        )
 
     def save(self, figure: MatplotlibFigure, name: str, caption: str) -> Figure:
         """Writes a matplotlib figure as PNG."""

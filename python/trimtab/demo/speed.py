@@ -173,12 +173,12 @@ def _result(
         for dtype, both in found.items()
         for name, one in both.items()
     ]
-    columns = [f"{what}: largest error" for what in found["float32"][_OURS].errors]
+    columns = [f"error: {what}" for what in found["float32"][_OURS].errors]
     table = Table(
         f"Loss and its two gradients for {tokens} tokens, width {width}, {vocabulary} token ids. "
         "Time is the median of turns taken one after the other; memory is the most that was "
-        "allocated at a time beyond inputs and gradients; errors are against float64 on the same "
-        "inputs.",
+        "allocated at a time beyond inputs and gradients; errors are the largest ones against "
+        "float64 on the same inputs.",
         ["dtype", "loss", "time, ms", "extra memory, MiB", *columns],
         rows,
         labels=2,

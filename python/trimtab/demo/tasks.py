@@ -34,7 +34,7 @@ _NAME = re.compile(r" ?[A-Za-z_]{3,}")
 _LEAST = 20  # times that a word or name stands in the training text
 _MIN_CONTEXT = 16  # tokens before an item
 _OPTIONS = 4
-_NEIGHBOURS = 12  # the other options of an item are mostly within so many ranks of frequency
+_NEIGHBOURS = 12  # the other options of an item are within so many ranks of frequency
 _SAME = 32  # items with the same word or name as their answer
 _BRACKETS_CAP = 2  # items of a window with the same answer: tables of brackets are no test
 
@@ -179,11 +179,19 @@ def _equally_common(text: _Text, ranked: list[int], generator: np.random.Generat
     rank = {token: i for i, token in enumerate(ranked)}
     items = []
     for s, t in _capped(text, text.places(ranked), generator, lambda answer, _: (answer,), _SAME):
-        answer = int(text.ids[s, t])
-        low = max(0, min(rank[answer] - _NEIGHBOURS, len(ranked) - 2 * _NEIGHBOURS - 1))
-        near = [token for token in ranked[low : low + 2 * _NEIGHBOURS + 1] if token != answer]
-        others = generator.choice(len(near), size=_OPTIONS - 1, replace=False)
-        items.append(Item(s, t - 1, [answer, *(near[i] for i in others)]))
+        place = rank[int(text.ids[s, t])]
+        more = ranked[max(0, place - _NEIGHBOURS) : place]
+        less = ranked[place + 1 : place + 1 + _NEIGHBOURS]
+        if min(len(more), len(less)) < _OPTIONS - 1:
+            continue
+        # As many more frequent ones as chance will have it, so that being frequent is no clue.
+        n_more = int(generator.integers(_OPTIONS))
+        others = [
+            near[i]
+            for near, n in ((more, n_more), (less, _OPTIONS - 1 - n_more))
+            for i in generator.choice(len(near), size=n, replace=False)
+        ]
+        items.append(Item(s, t - 1, [ranked[place], *others]))
     return items
 
 

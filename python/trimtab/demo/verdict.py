@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+BY_SPLIT = ["held out", "law", "against", "better", "worse", "no clear difference"]
 _SURE = 0.95
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Salience against one other law, on one task under one split."""
+    """One law against another, on one task under one split."""
 
     split: str
     task: str
@@ -27,10 +28,11 @@ class Duel:
         return "worse" if self.confidence <= 1.0 - _SURE else "unclear"
 
 
-def verdict(against: str, duels: Sequence[Duel]) -> str:
-    """One sentence on salience against another law, and one with the counts behind it.
+def verdict(ours: str, against: str, duels: Sequence[Duel]) -> str:
+    """One sentence on one law against another, and one with the counts behind it.
 
     Args:
+        ours: the law that is on trial, in words, as "Token salience".
         against: the other law in words, as "the mean loss".
         duels: every task under every split.
     """
@@ -38,21 +40,21 @@ def verdict(against: str, duels: Sequence[Duel]) -> str:
         sum(duel.result == kind for duel in duels) for kind in ("better", "worse", "unclear")
     )
     if better > worse and 2 * better >= len(duels):
-        claim = f"Token salience predicts held-out models better than {against}."
+        claim = f"{ours} predicts held-out models better than {against}."
     elif better > worse:
         claim = (
-            f"Token salience is ahead of {against} on held-out models, "
+            f"{ours} is ahead of {against} on held-out models, "
             "but most comparisons are too close to call."
         )
     elif worse > better and 2 * worse >= len(duels):
-        claim = f"Token salience predicts held-out models worse than {against}."
+        claim = f"{ours} predicts held-out models worse than {against}."
     elif worse > better:
         claim = (
-            f"Token salience is behind {against} on held-out models, "
+            f"{ours} is behind {against} on held-out models, "
             "though most comparisons are too close to call."
         )
     else:
-        claim = f"This run shows no winner between token salience and {against}."
+        claim = f"This run shows no winner between {ours} and {against}."
     counts = (
         f"Of {len(duels)} comparisons (a task under a way of holding out) it is clearly better in "
         f"{better}, clearly worse in {worse}, and neither in {unclear}; {_in_the_middle(duels)}."
@@ -60,41 +62,45 @@ def verdict(against: str, duels: Sequence[Duel]) -> str:
     return f"{claim} {counts}"
 
 
-def by_split(against: str, duels: Sequence[Duel]) -> list[str]:
-    """For every way of holding out, which tasks went which way."""
-    sentences = []
+def by_split(ours: str, against: str, duels: Sequence[Duel]) -> list[list[str]]:
+    """Which tasks went which way: a row per way of holding out, under `BY_SPLIT`."""
+    rows = []
     for split in dict.fromkeys(duel.split for duel in duels):
-        parts = []
+        cells = [split, ours, against]
         for kind in ("better", "worse", "unclear"):
-            tasks = [duel.task for duel in duels if duel.split == split and duel.result == kind]
-            if tasks:
-                word = {"unclear": "no clear difference"}.get(kind, kind)
-                parts.append(f"{word} on {_listed(tasks)}")
-        sentences.append(f"On {split}, against {against}: {'; '.join(parts)}.")
-    return sentences
+            found = [duel.task for duel in duels if duel.split == split and duel.result == kind]
+            cells.append(_listed(found) if found else "–")
+        rows.append(cells)
+    return rows
 
 
-def overall(mean: Sequence[Duel], domain: Sequence[Duel], shares: Sequence[float]) -> str:
-    """What to make of the two comparisons together.
+def overall(
+    mean: Mapping[str, Sequence[Duel]],
+    domain: Mapping[str, Sequence[Duel]],
+    shares: Sequence[float],
+) -> str:
+    """What to make of all comparisons together.
 
     Args:
-        mean: salience against the mean loss.
-        domain: salience against the loss of the task's own half of the validation text.
+        mean: the variants of salience in words, each against the mean loss.
+        domain: the same against the loss of the task's own half of the validation text.
         shares: of every task's weight, what lies on that half; uniform weights have a half there.
     """
-    if _lead(mean) <= 0:
+    gaining = [name for name, duels in mean.items() if _lead(duels) > 0]
+    if not gaining:
         return "So the result does not favour the salience vector: it does not beat the mean loss."
-    if _lead(domain) > 0:
+    ahead = [name for name in gaining if _lead(domain[name]) > 0]
+    if ahead:
         return (
-            "So weighing tokens is worth more here than the mean loss, and more than knowing which "
-            "half of the validation text a task is about."
+            f"So weighing tokens is worth more here than the mean loss ({_listed(ahead)}), and "
+            "more than knowing which half of the validation text a task is about."
         )
     low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
     range_of_shares = low if low == high else f"{low} to {high}"
     return (
         "So whoever knows which half of the validation text a task is about needs no salience "
-        "vector here: the loss of that half does as well or better. The vector is not told; it "
-        f"has {range_of_shares} % of its weight there, where uniform weights have 50 %."
+        "vector here: the loss of that half does as well or better. The free weights are not "
+        f"told; {range_of_shares} % of them lie there, where uniform weights have 50 %."
     )
 
 

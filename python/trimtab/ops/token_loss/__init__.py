@@ -132,6 +132,10 @@ def linear_cross_entropy(
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
     if linear_weight.dim() > 2:
+        if options is not None:
+            raise inputs.bad(
+                "options", "None with a K-dimensional head", options, "its logits are made at once"
+            )
         logits = inputs.multi_dimensional_logits(input, linear_weight, linear_bias)
         return cross_entropy(
             logits, target, weight=weight, token_weight=token_weight, reduction=reduction,
@@ -141,13 +145,14 @@ def linear_cross_entropy(
         )  # fmt: skip
     ignored = -100 if ignore_index is None else ignore_index
     softcap_or_0 = inputs.check_scalars(
-        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale
-    )
+        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+        lse_square_scale=lse_square_scale,
+    )  # fmt: skip
     count = inputs.check_token_weight(token_weight, target)
     inputs.check_reduction(reduction, normalizer, token_weight, count)
     head = inputs.check_head(input, linear_weight, linear_bias, target)
     class_weight = inputs.check_class_weight(weight, linear_weight.shape[0], input)
-    options = options or TokenLossOptions()
+    options = inputs.check_options(options)
     chosen = choose("linear_cross_entropy", input.device.type, head.compute_dtype, impl).impl
     coefficients = token_coefficients(
         head.target,
@@ -251,8 +256,9 @@ def cross_entropy(
     )
     inputs.check_devices(input, {"target": target})
     softcap_or_0 = inputs.check_scalars(
-        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale
-    )
+        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+        lse_square_scale=lse_square_scale,
+    )  # fmt: skip
     count = inputs.check_token_weight(token_weight, target)
     inputs.check_reduction(reduction, normalizer, token_weight, count)
     class_weight = inputs.check_class_weight(weight, classes, input)
@@ -293,8 +299,9 @@ def linear_logp(
         logp_t    = z_y - lse_t
         entropy_t = lse_t - sum_v softmax(z)_v z_v
 
-    Cost in products: 1 without gradients, 4 with (the upstreams are known only in backward), 3 with
-    the head frozen, or 2 where only ``logp`` has an upstream then. Ignored tokens cost nothing.
+    Cost in products: 1 without gradients, 4 with (the upstreams are known only in backward; 3 if
+    ``input`` needs none), and 2 with the head frozen and an upstream for ``logp`` alone. Ignored
+    tokens cost nothing, nor in backward those without an upstream.
 
     Args:
         input: hidden states, float32, bfloat16, float16 or float64.
@@ -323,7 +330,7 @@ def linear_logp(
     softcap_or_0 = inputs.check_scalars(softcap=softcap, logit_scale=logit_scale)
     head = inputs.check_head(input, linear_weight, linear_bias, target)
     inv_temperature = inputs.inverse_temperature(temperature, head)
-    options = options or TokenLossOptions()
+    options = inputs.check_options(options)
     chosen = choose("linear_logp", input.device.type, head.compute_dtype, impl).impl
     ignored = NOTHING_IGNORED if ignore_index is None else ignore_index
     if chosen == "reference":

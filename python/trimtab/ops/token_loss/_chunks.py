@@ -145,7 +145,7 @@ def linear_token_loss(
     loss = input.new_zeros(target.shape, dtype=result_dtype(compute_dtype))
     scale = loss.new_ones(())
     if coef is not None and compute_dtype == torch.float16:
-        scale = _power_of_two_below(coef)
+        scale = _float16_scale([coef], input, needs_grad[1] or needs_grad[2])
         coef = coef / scale
     rows = active_rows(target, ignore_index, coef if skip_zero_coef else None)
     gradients = HeadGradients(
@@ -239,9 +239,13 @@ def linear_token_logp_backward(
     upstream: list[Tensor | None] = [grad_logp, grad_entropy, grad_lse]
     scale = None
     if compute_dtype == torch.float16:
-        scale = _power_of_two_below(*upstream)
+        scale = _float16_scale(upstream, input, needs_grad[1] or needs_grad[2])
         upstream = [None if grad is None else grad / scale for grad in upstream]
-    rows = active_rows(target, ignore_index, None)
+    reached = torch.zeros(target.shape, device=target.device)
+    for grad in upstream:
+        if grad is not None:
+            reached += grad != 0
+    rows = active_rows(target, ignore_index, reached)
     gradients = HeadGradients(
         input, weight, bias, needs_grad, accum_dtype, compute_dtype, rows, kernels.accumulate
     )
@@ -255,7 +259,12 @@ def linear_token_logp_backward(
         )  # fmt: skip
         gradients.add(chunk.rows, chunk.input, chunk.logits, head, chunk.last)
     grads = gradients.finish()
-    return grads if scale is None else tuple(grad.mul_(scale) for grad in grads)
+    return grads if scale is None else tuple(times(grad, scale) for grad in grads)
+
+
+def times(grad: Tensor, factor: Tensor) -> Tensor:
+    """``grad * factor``, multiplied in the factor's own dtype: 65536 has no place in float16."""
+    return torch.mul(grad, factor.reshape((1,) * grad.dim())).to(grad.dtype)
 
 
 @torch.library.impl("trimtab::token_loss", "CompositeExplicitAutograd")
@@ -285,10 +294,21 @@ def token_loss(
     return loss, logits.new_empty((0,)) if grad is None else grad
 
 
-def _power_of_two_below(*values: Tensor | None) -> Tensor:
-    """The power of two that brings the largest magnitude into [1, 2): exact to divide by."""
-    given = [value for value in values if value is not None and value.numel() > 0]
-    largest = torch.stack([value.abs().amax() for value in given] or [torch.ones(())]).amax()
+def _float16_scale(upstreams: list[Tensor | None], input: Tensor, sums_rows: bool) -> Tensor:
+    """A power of two to divide the coefficients by, so that float16 neither over- nor underflows.
+
+    It brings the largest to [1, 2), or lower: where rows are summed for the head, the sum of all,
+    times the largest input, stays below 2**15.
+    """
+    given = [value.abs() for value in upstreams if value is not None and value.numel() > 0]
+    wanted = torch.stack(
+        [value.amax() for value in given] or [input.new_ones((), dtype=torch.float32)]
+    )
+    if sums_rows and given:
+        total = torch.stack([value.sum() for value in given]).sum()
+        reach = input.abs().amax().float().clamp(min=1.0)
+        wanted = torch.cat([wanted, (total * reach * 2.0**-14).unsqueeze(0)])
+    largest = wanted.amax()
     usable = torch.isfinite(largest) & (largest > 0)
     _, exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)))
     return torch.ldexp(torch.ones_like(largest), exponent - 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab.ops.token_loss._chunks import times
 from trimtab.reference import token_loss as reference
 
 
@@ -101,7 +102,7 @@ class WeightedLoss(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, coef, target, class_weight, loss, *grads, scale)
         ctx.needs, ctx.loss_args = needs, loss_args
         ctx.compute_dtype = head_args.compute_dtype
-        return (coef * loss).sum()
+        return torch.where(coef != 0, coef * loss, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
@@ -127,8 +128,8 @@ class WeightedLoss(torch.autograd.Function):
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad * factor``, in place when nothing needs ``grad`` again; a 1 on a CPU costs nothing."""
-    if graph_is_kept():
-        return (grad * factor).to(grad.dtype)
+    if grad.dtype == torch.float16 or graph_is_kept():
+        return times(grad, factor)
     if grad.device.type == "cpu" and float(factor) == 1.0:
         return grad
     return grad.mul_(factor)
@@ -180,7 +181,7 @@ class TokenLoss(torch.autograd.Function):
             ctx.needs, True, *ctx.head_args,
         )  # fmt: skip
         if ctx.head_args.compute_dtype == torch.float16:
-            grads = [grad.mul_(scale) for grad in grads]
+            grads = [times(grad, scale) for grad in grads]
         return (
             *(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)),
             *[None] * 6,

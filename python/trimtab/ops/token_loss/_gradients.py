@@ -71,8 +71,7 @@ class HeadGradients:
         if needs_weight:
             self._add_weight(grad_logits, input, last)
         if needs_bias:
-            part = grad_logits.sum(0, dtype=self.accum_dtype)
-            self.bias_sum = part if self.bias_sum is None else self.bias_sum.add_(part)
+            self._add_bias(grad_logits)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three gradients; an empty tensor for each that is not needed."""
@@ -85,6 +84,14 @@ class HeadGradients:
         else:
             self.bias.copy_(self.bias_sum)
         return self.input, self.weight, self.bias
+
+    def _add_bias(self, grad_logits: Tensor) -> None:
+        """In slices: torch widens what it sums, and a chunk of logits is all we have room for."""
+        if self.bias_sum is None:
+            self.bias_sum = torch.zeros_like(self.bias, dtype=self.accum_dtype)
+        for start in range(0, self.bias.shape[0], _SLICE_ROWS):
+            here = slice(start, start + _SLICE_ROWS)
+            self.bias_sum[here] += grad_logits[:, here].sum(0, dtype=self.accum_dtype)
 
     def _add_weight(self, grad_logits: Tensor, input: Tensor, last: bool) -> None:
         own_dtype = self.weight.dtype == self.compute_dtype
@@ -133,4 +140,5 @@ class HeadGradients:
 
 
 def _accumulate(previous: Tensor | None, part: Tensor, out: Tensor) -> None:
-    out.copy_(part) if previous is None else torch.add(previous, part, out=out)
+    total = part.to(torch.float64)
+    out.copy_(total if previous is None else total.add_(previous))

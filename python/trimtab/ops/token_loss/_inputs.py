@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,14 +26,14 @@ class TokenLossOptions:
 
     Attributes:
         chunk_size: rows of logits in memory at a time; None for the measured rule of the device.
-        accum_dtype: dtype in which the head's gradient is summed over chunks. ``torch.float32``
-            costs one (V, D) float32 buffer when there is more than one chunk; the head's own
-            dtype costs none and rounds at every chunk.
+        accum_dtype: dtype in which the head's gradient is summed over chunks. For a 16-bit head
+            ``torch.float32`` costs one (V, D) buffer when there are three or more chunks (on CUDA:
+            always); the head's own dtype costs none and rounds at every chunk.
         skip_zero_weight: leave out the rows whose every token weight is 0, as ignored rows are.
             On CUDA finding them costs one synchronisation, so there it is done only outside
             graph capture.
-        deterministic: None follows ``torch.use_deterministic_algorithms``. All kernels of this
-            family are deterministic, so True and False give the same bits.
+        deterministic: None follows ``torch.use_deterministic_algorithms``. Every kernel of this
+            family is deterministic, so no value of it changes anything.
     """
 
     chunk_size: int | None = None
@@ -41,7 +42,9 @@ class TokenLossOptions:
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
+        if self.chunk_size is not None and (
+            not isinstance(self.chunk_size, int) or self.chunk_size < 1
+        ):
             raise ValueError(
                 f"chunk_size must be a positive number of rows or None, got {self.chunk_size}; "
                 "None lets the device's rule decide"
@@ -66,6 +69,18 @@ class Head(NamedTuple):
 def bad(argument: str, expected: str, got: object, remedy: str) -> ValueError:
     """The package's form of ValueError; made only to be raised: formatting breaks graphs."""
     return ValueError(f"{argument} must be {expected}, got {got}; {remedy}")
+
+
+def check_options(options: object) -> TokenLossOptions:
+    """The options given, or the defaults."""
+    if options is None:
+        return TokenLossOptions()
+    if not isinstance(options, TokenLossOptions):
+        raise TypeError(
+            f"options must be a TokenLossOptions, got {type(options).__name__}; "
+            "use trimtab.TokenLossOptions(...)"
+        )
+    return options
 
 
 def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Head:
@@ -153,15 +168,31 @@ def check_class_weight(weight: Tensor | None, classes: int, like: Tensor) -> Ten
 
 
 def check_scalars(
-    *, label_smoothing: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0
+    *,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
 ) -> float:
     """Ranges of the scalar options. Returns the softcap, 0 for none, as the kernels take it."""
+    given = {
+        "label_smoothing": label_smoothing,
+        "softcap": softcap or 0.0,
+        "logit_scale": logit_scale,
+        "lse_square_scale": lse_square_scale,
+    }
+    for name, value in given.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(
+                f"{name} must be a number, got {type(value).__name__}; a tensor's gradient would "
+                "be lost: scale `input` by it, or pass float(...)"
+            )
+        if not -math.inf < value < math.inf:
+            raise bad(name, "finite", value, "leave it out for the default")
     if not 0.0 <= label_smoothing <= 1.0:
         raise bad("label_smoothing", "in [0, 1]", label_smoothing, "0 turns it off")
     if softcap is not None and not softcap > 0.0:
         raise bad("softcap", "positive or None", softcap, "None turns it off")
-    if logit_scale != logit_scale:
-        raise bad("logit_scale", "a number", logit_scale, "1.0 leaves the logits alone")
     return 0.0 if softcap is None else float(softcap)
 
 
@@ -200,7 +231,8 @@ def check_token_weight(token_weight: Tensor | None, target: Tensor) -> int | Non
         return None
     if token_weight.dim() != target.dim() + 1 or token_weight.shape[1:] != target.shape:
         shape = tuple(target.shape)
-        raise bad("token_weight", f"of shape {shape} or (K, *{shape})", tuple(token_weight.shape),
+        given = tuple(token_weight.shape)
+        raise bad("token_weight", f"of shape {shape} or (K, {str(shape)[1:]}", given,
                   "one weight per token, or K vectors of them")  # fmt: skip
     return token_weight.shape[0]
 
@@ -247,7 +279,7 @@ def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | Non
         shape = tuple(head.shape)
         raise bad("temperature", f"a number or of shape {shape}", tuple(temperature.shape),
                   "one temperature per token")  # fmt: skip
-    if looks_at_values(temperature) and bool((temperature <= 0).any()):
+    if looks_at_values(temperature) and bool((~(temperature > 0)).any()):
         raise bad(
             "temperature", "positive everywhere", float(temperature.min()), "clamp it from below"
         )
@@ -268,6 +300,17 @@ def class_last(logits: Tensor) -> Tensor:
 
 def multi_dimensional_logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits ``(N, C, d1, ...)`` of torch's K-dimensional head ``(C, d1, ..., D)``."""
+    if weight.numel() == 0:
+        raise bad(
+            "linear_weight", "non-empty", tuple(weight.shape), "a sharded weight is gathered first"
+        )
+    if input.dim() != 2 or input.shape[1] != weight.shape[-1]:
+        raise bad("input", f"of shape (N, {weight.shape[-1]}) for a K-dimensional head",
+                  tuple(input.shape), "flatten its leading dimensions")  # fmt: skip
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise bad("linear_bias", f"of shape {tuple(weight.shape[:-1])}", tuple(bias.shape),
+                  "one number per class and position")  # fmt: skip
+    compute_dtype(input, weight, bias)
     flat_bias = None if bias is None else bias.reshape(-1)
     logits = F.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
     return logits.reshape(input.shape[0], *weight.shape[:-1])

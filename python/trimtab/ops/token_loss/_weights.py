@@ -91,7 +91,15 @@ def reduce_tokens(
     """The loss from each token's unweighted loss: (), (K,), ``shape`` or (K,) + ``shape``."""
     leading = () if count is None else (count,)
     if reduction == "none":
-        weighted = tokens if coefficients.values is None else coefficients.values * tokens
+        values = coefficients.values
+        weighted = tokens if values is None else _weighted(values, tokens)
         return weighted.reshape((*leading, *shape))
     assert coefficients.values is not None, "a reduction has a coefficient for every token"
-    return coefficients.finish((coefficients.values * tokens).sum(-1), count)
+    return coefficients.finish(_weighted(coefficients.values, tokens).sum(-1), count)
+
+
+def _weighted(values: Tensor, tokens: Tensor) -> Tensor:
+    """``values * tokens``; a constant weight of 0 gives 0 whatever the token's loss."""
+    if values.requires_grad:
+        return values * tokens
+    return torch.where(values != 0, values * tokens, 0.0)

@@ -57,7 +57,7 @@ bench: $(FAMILIES:%=bench-%)  ## the benchmark suites, ours beside the peers', i
 
 $(FAMILIES:%=bench-%): bench-%: $(BUILT) $(VENV)/.peers
 	@mkdir -p build
-	@$(BIN)/pytest --timeout=0 bench/bench_$*.py --benchmark-json=build/bench-$*.json $(ARGS)
+	@$(BIN)/pytest --timeout=0 bench/bench_$*.py --benchmark-json=build/bench-$*.json --benchmark-quiet $(ARGS)
 	@$(BIN)/python bench/report.py build/bench-$*.json
 
 gpu: $(FAMILIES:%=build/gpu-%.done)  ## tests and benchmarks on CUDA, with the torch of PYTHON

@@ -99,7 +99,7 @@ def overall(
     range_of_shares = low if low == high else f"{low} to {high}"
     return (
         "So whoever knows which half of the validation text a task is about needs no salience "
-        "vector here: the loss of that half does as well or better. The free weights are not "
+        "vector here: all in all, its loss does as well or better. The free weights are not "
         f"told; {range_of_shares} % of them lie there, where uniform weights have 50 %."
     )
 

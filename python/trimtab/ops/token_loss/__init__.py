@@ -131,19 +131,14 @@ def linear_cross_entropy(
             ``TRIMTAB_CHECK=1``.
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
-    if linear_weight.dim() > 2:
-        if options is not None:
-            raise inputs.bad(
-                "options", "None with a K-dimensional head", options, "its logits are made at once"
-            )
-        logits = inputs.multi_dimensional_logits(input, linear_weight, linear_bias)
-        return cross_entropy(
-            logits, target, weight=weight, token_weight=token_weight, reduction=reduction,
-            normalizer=normalizer, ignore_index=-100 if ignore_index is None else ignore_index,
-            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale, impl=impl,
-        )  # fmt: skip
     ignored = -100 if ignore_index is None else ignore_index
+    if linear_weight.dim() > 2:
+        return cross_entropy(
+            inputs.multi_dimensional_logits(input, linear_weight, linear_bias, options), target,
+            weight=weight, token_weight=token_weight, reduction=reduction, normalizer=normalizer,
+            ignore_index=ignored, label_smoothing=label_smoothing, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, impl=impl,
+        )  # fmt: skip
     softcap_or_0 = inputs.check_scalars(
         label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
         lse_square_scale=lse_square_scale,

@@ -298,12 +298,16 @@ def class_last(logits: Tensor) -> Tensor:
     return logits.movedim(1, -1).reshape(-1, logits.shape[1]) if logits.dim() > 1 else logits[None]
 
 
-def multi_dimensional_logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multi_dimensional_logits(
+    input: Tensor, weight: Tensor, bias: Tensor | None, options: TokenLossOptions | None
+) -> Tensor:
     """Logits ``(N, C, d1, ...)`` of torch's K-dimensional head ``(C, d1, ..., D)``."""
-    if weight.numel() == 0:
+    if options is not None:
         raise bad(
-            "linear_weight", "non-empty", tuple(weight.shape), "a sharded weight is gathered first"
+            "options", "None with a K-dimensional head", options, "its logits are made at once"
         )
+    if weight.numel() == 0:
+        raise bad("linear_weight", "non-empty", tuple(weight.shape), "gather a sharded one first")
     if input.dim() != 2 or input.shape[1] != weight.shape[-1]:
         raise bad("input", f"of shape (N, {weight.shape[-1]}) for a K-dimensional head",
                   tuple(input.shape), "flatten its leading dimensions")  # fmt: skip

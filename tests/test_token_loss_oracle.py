@@ -77,6 +77,33 @@ def test_loss(impl, count, reduction, frozen):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_constant_weights_that_skip_rows(impl, count, reduction):
+    """A row is skipped where every vector has a 0, not where one has."""
+    given = problem(n=11, d=4, v=7)
+    weight = token_weights(count) if count else token_weights(1)[0]
+    weight[..., 8] = 0.0
+
+    def ours(x, w, b):
+        return trimtab.linear_cross_entropy(
+            x,
+            w,
+            given.target,
+            linear_bias=b,
+            token_weight=weight,
+            reduction=reduction,
+            impl=impl,
+        )
+
+    def truth(x, w, b):
+        return oracle.weighted_loss(x, w, b, given.target, weight, reduction=reduction)
+
+    leaves = [given.input, given.weight, given.bias]
+    agree(values_and_grads(ours, leaves), values_and_grads(truth, leaves))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("count", [None, 3])
 def test_normalizers(impl, count):
     given = problem(n=11, d=4, v=7)
     weight = token_weights(count or 1).abs() + 0.1 if count else token_weights(1)[0].abs() + 0.1

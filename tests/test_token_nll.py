@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import trimtab
-from trimtab.algorithms.token_rows import row_token_ids, token_nll
+from trimtab.algorithms.capability_salience.token_rows import row_token_ids, token_nll
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,7 +9,14 @@ from trimtab._version import __version__
 
 if TYPE_CHECKING:
     from trimtab._choose import Choice
-    from trimtab.algorithms.capability_salience import CapabilitySalience, token_nll
+    from trimtab.algorithms.capability_salience import (
+        CapabilitySalience,
+        HeadWeights,
+        TokenWeights,
+        choose_regularization,
+        row_token_ids,
+        token_nll,
+    )
     from trimtab.ops import explain
     from trimtab.ops.token_loss import (
         LogpRatio,
@@ -32,21 +39,29 @@ _HOME = {
     "linear_logp": "trimtab.ops.token_loss",
     "linear_logp_ratio": "trimtab.ops.token_loss",
     "CapabilitySalience": "trimtab.algorithms.capability_salience",
+    "HeadWeights": "trimtab.algorithms.capability_salience",
+    "TokenWeights": "trimtab.algorithms.capability_salience",
+    "choose_regularization": "trimtab.algorithms.capability_salience",
+    "row_token_ids": "trimtab.algorithms.capability_salience",
     "token_nll": "trimtab.algorithms.capability_salience",
 }
 
 __all__ = [
     "CapabilitySalience",
     "Choice",
+    "HeadWeights",
     "LogpRatio",
     "TokenLogp",
     "TokenLossOptions",
+    "TokenWeights",
     "__version__",
+    "choose_regularization",
     "cross_entropy",
     "explain",
     "linear_cross_entropy",
     "linear_logp",
     "linear_logp_ratio",
+    "row_token_ids",
     "token_nll",
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import trimtab
 from trimtab.algorithms.capability_salience import CapabilitySalience, row_token_ids
-from trimtab.algorithms.salience_plots import plot_predictions, plot_tokens, tokens_html
+from trimtab.algorithms.capability_salience.plots import plot_predictions, plot_tokens, tokens_html
 from trimtab.demo.corpus import DOMAINS, windows
 from trimtab.demo.figures import draw_curves, draw_held_out, draw_token_kinds
 from trimtab.demo.laws import (

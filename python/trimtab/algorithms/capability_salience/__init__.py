@@ -27,7 +27,7 @@ not available to us, so what follows is our reading, each choice an argument whe
 Free weights do not need N free numbers. Where the gradient of the objective in w is zero,
 ``log w_n = -(1 / regularization) sum_m (dF/dS_m) l_{m,n} + const``: at every stationary point the
 log-weights are a combination of the M rows of the matrix. So M numbers per capability hold the
-exact solution, and Levenberg-Marquardt fits them together with the law (``salience_solver``).
+exact solution, and Levenberg-Marquardt fits them together with the law (``solver``).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.algorithms.salience_solver import LawFit, solve
-from trimtab.algorithms.token_rows import row_token_ids, token_nll
-from trimtab.algorithms.token_weights import (
+from trimtab.algorithms.capability_salience.solver import LawFit, solve
+from trimtab.algorithms.capability_salience.token_rows import row_token_ids, token_nll
+from trimtab.algorithms.capability_salience.token_weights import (
     HeadWeights,
     TableWeights,
     TokenBlocks,

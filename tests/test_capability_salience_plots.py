@@ -12,7 +12,7 @@ import torch
 
 from salience_cases import domains
 from trimtab.algorithms.capability_salience import CapabilitySalience
-from trimtab.algorithms.salience_plots import (
+from trimtab.algorithms.capability_salience.plots import (
     extreme_tokens,
     plot_predictions,
     plot_tokens,
@@ -89,7 +89,7 @@ def test_plot_errors_name_the_argument(match: str, call: object) -> None:
 
 def test_matplotlib_is_imported_by_drawing_alone() -> None:
     code = (
-        "import sys, trimtab.algorithms.salience_plots as p, torch;"
+        "import sys, trimtab.algorithms.capability_salience.plots as p, torch;"
         "p.tokens_html(['a'], torch.ones(1)); sys.exit('matplotlib' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.algorithms.token_weights import Block
+from trimtab.algorithms.capability_salience.token_weights import Block
 
 _LAST_GAMMA = 0.999  # gamma < 1, or the law is flat
 _STEEPEST = 100.0  # logits

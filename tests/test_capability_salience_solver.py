@@ -11,8 +11,12 @@ from torch import Tensor
 
 from salience_cases import DOUBLE, domains
 from trimtab.algorithms.capability_salience import CapabilitySalience, HeadWeights
-from trimtab.algorithms.salience_solver import LawFit, law_value, moments, solve
-from trimtab.algorithms.token_weights import TableWeights, TokenBlocks, TokenMatrix
+from trimtab.algorithms.capability_salience.solver import LawFit, law_value, moments, solve
+from trimtab.algorithms.capability_salience.token_weights import (
+    TableWeights,
+    TokenBlocks,
+    TokenMatrix,
+)
 
 
 def table(nll: Tensor) -> TokenBlocks:

@@ -7,6 +7,10 @@ checks: a mistake there would cancel out.
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +228,38 @@ def test_k_dimensional_head(impl):
         for i in range(2) for j in range(3)
     ]  # fmt: skip
     torch.testing.assert_close(ours, sum(sums) / target.numel())
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The processor's own is what the other tests run; here the narrower ones run too."""
+    code = """
+import torch
+from token_loss_cases import check_linear_cross_entropy, problem
+from trimtab.testing import values_and_grads
+import token_loss_oracle as oracle, trimtab
+
+class case: impl, device = "native", "cpu"
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for classes in (1, 3, 63, 507):
+        for options in ({}, {"softcap": 3.0, "label_smoothing": 0.1, "lse_square_scale": 0.01}):
+            check_linear_cross_entropy(case, problem(v=classes, dtype=dtype), dtype, **options)
+given = problem(ignored=False)
+leaves = [given.input.float(), given.weight.float(), given.bias.float()]
+ours = trimtab.linear_logp(*leaves[:2], given.target, linear_bias=leaves[2], temperature=0.7)
+truth = oracle.logp_and_entropy(*(t.double() for t in leaves), given.target, temperature=0.7)
+torch.testing.assert_close([t.double() for t in ours[:3]], list(truth), rtol=1e-5, atol=1e-5)
+assert torch.equal(ours.predicted, (leaves[0] @ leaves[1].T + leaves[2]).argmax(1))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRIMTAB_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.op("cross_entropy")

@@ -176,7 +176,7 @@ def linear_cross_entropy(
             head.input, head.weight, head.bias, coef, head.target, class_weight,
             (*needs, coef.requires_grad), skip, loss_args, head_args,
         )  # fmt: skip
-        return coefficients.finish(loss, count)
+        return coefficients.with_nan_of_nothing(loss, count)
     active = coefficients.active() if options.skip_zero_weight else None
     tokens = TokenLoss.apply(
         head.input,

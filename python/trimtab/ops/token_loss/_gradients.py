@@ -34,8 +34,9 @@ class HeadGradients:
         needs_input, needs_weight, needs_bias = needs_grad
         self.compute_dtype = compute_dtype
         self.accum_dtype = torch.promote_types(accum_dtype, compute_dtype)
-        # The kernels add in float32; any wider sum is torch's.
-        self.accumulate = _accumulate if self.accum_dtype == torch.float64 else accumulate
+        # The kernels know the products' dtype and float32; a sum that meets any other is torch's.
+        known = {compute_dtype, torch.float32}
+        self.accumulate = accumulate if {self.accum_dtype, weight.dtype} <= known else _accumulate
         # Every row is written once when all are active; the others keep their zeros.
         new_input = input.new_empty if rows is None else input.new_zeros
         self.input = new_input(

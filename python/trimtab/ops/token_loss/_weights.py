@@ -23,7 +23,7 @@ class Coefficients(NamedTuple):
         nonzero = self.values.detach() != 0
         return (nonzero.any(0) if nonzero.dim() == 2 else nonzero).to(self.values.dtype)
 
-    def finish(self, loss: Tensor, count: int | None) -> Tensor:
+    def with_nan_of_nothing(self, loss: Tensor, count: int | None) -> Tensor:
         """NaN for the mean over nothing, as torch gives, with its gradients left at 0."""
         if self.divisor is not None:
             loss = loss + 0.0 / self.divisor.detach().reshape(-1 if loss.dim() else ())
@@ -95,7 +95,7 @@ def reduce_tokens(
         weighted = tokens if values is None else _weighted(values, tokens)
         return weighted.reshape((*leading, *shape))
     assert coefficients.values is not None, "a reduction has a coefficient for every token"
-    return coefficients.finish(_weighted(coefficients.values, tokens).sum(-1), count)
+    return coefficients.with_nan_of_nothing(_weighted(coefficients.values, tokens).sum(-1), count)
 
 
 def _weighted(values: Tensor, tokens: Tensor) -> Tensor:

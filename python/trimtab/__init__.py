@@ -18,6 +18,14 @@ if TYPE_CHECKING:
         token_nll,
     )
     from trimtab.ops import explain
+    from trimtab.ops.contrast import (
+        Sampled,
+        contrastive_logits,
+        contrastive_logp,
+        contrastive_sample,
+        linear_contrastive_logp,
+        linear_contrastive_sample,
+    )
     from trimtab.ops.token_loss import (
         LogpRatio,
         TokenLogp,
@@ -31,6 +39,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Choice": "trimtab._choose",
     "explain": "trimtab.ops",
+    "Sampled": "trimtab.ops.contrast",
+    "contrastive_logits": "trimtab.ops.contrast",
+    "contrastive_logp": "trimtab.ops.contrast",
+    "contrastive_sample": "trimtab.ops.contrast",
+    "linear_contrastive_logp": "trimtab.ops.contrast",
+    "linear_contrastive_sample": "trimtab.ops.contrast",
     "LogpRatio": "trimtab.ops.token_loss",
     "TokenLogp": "trimtab.ops.token_loss",
     "TokenLossOptions": "trimtab.ops.token_loss",
@@ -51,13 +65,19 @@ __all__ = [
     "Choice",
     "HeadWeights",
     "LogpRatio",
+    "Sampled",
     "TokenLogp",
     "TokenLossOptions",
     "TokenWeights",
     "__version__",
     "choose_regularization",
+    "contrastive_logits",
+    "contrastive_logp",
+    "contrastive_sample",
     "cross_entropy",
     "explain",
+    "linear_contrastive_logp",
+    "linear_contrastive_sample",
     "linear_cross_entropy",
     "linear_logp",
     "linear_logp_ratio",

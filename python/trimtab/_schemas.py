@@ -65,6 +65,42 @@ _LIB.define(
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
 
+# Shared by the contrast operators. A number and, where rows differ, one per row: the tensor wins.
+_ROWS = "Tensor positive, Tensor? negative, Tensor? anchor"
+_COMBINE = "float alpha, Tensor? alpha_rows"
+_MASK = "float log_beta, Tensor? log_beta_rows"
+_TEMPERATURE = "float temperature, Tensor? temperature_rows"
+_LOGP = f"{_ROWS}, Tensor target, {_COMBINE}, {_TEMPERATURE}, int ignore_index"
+_SAMPLE = (
+    f"{_ROWS}, Tensor? positive_rows, Tensor? negative_rows, Tensor? anchor_rows, {_COMBINE}, "
+    f"{_MASK}, {_TEMPERATURE}, int top_k, Tensor? top_k_rows, float tail, Tensor? tail_rows, "
+    "float log_min_p, Tensor? log_min_p_rows, {integer} seed, Tensor? seed_rows, "
+    "{integer} position, Tensor? position_rows"
+)
+
+_LIB.define(f"contrastive_logits_rows({_ROWS}, {_COMBINE}, {_MASK}, Tensor(a!) out) -> ()")
+_LIB.define(f"contrastive_logp_rows({_LOGP}, Tensor(a!) logp) -> ()")
+_LIB.define(
+    f"contrastive_logp_rows_backward({_LOGP}, Tensor grad_logp, Tensor(a!)? grad_positive, "
+    "Tensor(b!)? grad_negative, Tensor(c!)? grad_anchor) -> ()"
+)
+_LIB.define(
+    f"contrastive_sample_rows({_SAMPLE.format(integer='int')}, Tensor(a!) token, Tensor(b!) logp, "
+    "Tensor(c!) kept) -> ()"
+)
+
+_LIB.define(f"contrastive_logits({_ROWS}, {_COMBINE}, {_MASK}, str impl) -> Tensor")
+_LIB.define(f"contrastive_logp({_LOGP}, str impl) -> Tensor")
+_LIB.define(
+    f"contrastive_logp_backward({_LOGP}, Tensor grad_logp, bool[3] needs_grad, str impl) "
+    "-> (Tensor grad_positive, Tensor grad_negative, Tensor grad_anchor)"
+)
+_LIB.define(
+    # A symbolic position: decoding compiles once, not once per step.
+    f"contrastive_sample({_SAMPLE.format(integer='SymInt')}, int rows, str impl) "
+    "-> (Tensor token, Tensor logp, Tensor kept)"
+)
+
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of every per-token result: float32, or float64 for float64 inputs."""
@@ -75,7 +111,16 @@ def _fill(like: Tensor, shape: torch.Size, needed: bool, dtype: torch.dtype) -> 
     return like.new_empty(shape if needed else (0,), dtype=dtype)
 
 
-for _rows in ("token_loss_rows", "token_logp_rows", "token_logp_rows_backward", "accumulate"):
+for _rows in (
+    "token_loss_rows",
+    "token_logp_rows",
+    "token_logp_rows_backward",
+    "accumulate",
+    "contrastive_logits_rows",
+    "contrastive_logp_rows",
+    "contrastive_logp_rows_backward",
+    "contrastive_sample_rows",
+):
 
     @torch.library.register_fake(f"trimtab::{_rows}", lib=_LIB)
     def _(*args: object) -> None:
@@ -125,3 +170,29 @@ def _fake_grads(
         _fill(weight, weight.shape, needs_grad[1], weight.dtype),
         _fill(input, weight.shape[:1], needs_grad[2], like_bias.dtype),
     )
+
+
+@torch.library.register_fake("trimtab::contrastive_logits", lib=_LIB)
+def _(positive: Tensor, *options: Any) -> Tensor:
+    return positive.new_empty(positive.shape, dtype=result_dtype(positive.dtype))
+
+
+@torch.library.register_fake("trimtab::contrastive_logp", lib=_LIB)
+def _(positive: Tensor, *options: Any) -> Tensor:
+    return positive.new_empty(positive.shape[:1], dtype=result_dtype(positive.dtype))
+
+
+@torch.library.register_fake("trimtab::contrastive_logp_backward", lib=_LIB)
+def _(
+    positive: Tensor, negative: Tensor, anchor: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    needs_grad = options[-2]
+    return tuple(_fill(positive, positive.shape, need, positive.dtype) for need in needs_grad)
+
+
+@torch.library.register_fake("trimtab::contrastive_sample", lib=_LIB)
+def _(positive: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (options[-2],)
+    token = positive.new_empty(rows, dtype=torch.int64)
+    logp = positive.new_empty(rows, dtype=result_dtype(positive.dtype))
+    return token, logp, torch.empty_like(token)

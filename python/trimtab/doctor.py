@@ -267,7 +267,7 @@ _SAMPLE_ROWS, _SAMPLE_WIDTH = 13, 67
 
 
 def _samples() -> dict[str, Any]:
-    """Parameter name -> a float64 or int64 sample. Hidden size and vocabulary are equal here."""
+    """Parameter name -> a number or a tensor. Hidden size and vocabulary are equal here."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -282,6 +282,9 @@ def _samples() -> dict[str, Any]:
         "ref_input": normal(rows, width),
         "ref_linear_weight": normal(width, width) * width**-0.5,
         "target": torch.randint(width, (rows,), generator=generator),
+        "positive": normal(rows, width),
+        "negative": normal(rows, width),
+        "alpha": 0.5,
     }
 
 
@@ -296,18 +299,21 @@ def _run(function: Callable[..., Any], impl: str, device: str, dtype: Any) -> di
     missing = [name for name in names if name not in samples]
     if missing:
         raise LookupError(f"the doctor has no sample of {', '.join(missing)}")
-    values = {name: samples[name].to(device) for name in names}
+    values: dict[str, Any] = {name: samples[name] for name in names}
     for name, value in values.items():
-        if value.is_floating_point():
-            values[name] = value.to(dtype).requires_grad_()
+        if isinstance(value, torch.Tensor):
+            moved = value.to(device)
+            values[name] = moved.to(dtype).requires_grad_() if value.is_floating_point() else moved
     result = function(**values, impl=impl)
     fields = result._asdict() if hasattr(result, "_asdict") else {"value": result}
-    leaves = {name: value for name, value in values.items() if value.requires_grad}
-    total = sum(field.sum() for field in fields.values() if field.requires_grad)
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    fields.update(
-        {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
-    )
+    leaves = {
+        name: value for name, value in values.items() if getattr(value, "requires_grad", False)
+    }
+    totals = [field.sum() for field in fields.values() if field.requires_grad]
+    if totals:
+        grads = torch.autograd.grad(sum(totals), list(leaves.values()), allow_unused=True)
+        named = zip(leaves, grads, strict=True)
+        fields.update({f"gradient of {name}": grad for name, grad in named if grad is not None})
     return {name: field.detach().cpu() for name, field in fields.items()}
 
 

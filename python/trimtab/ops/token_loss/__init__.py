@@ -13,6 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimtab._choose import Choice, choose
+from trimtab.ops._autograd import needs_grad
+from trimtab.ops._checks import (
+    NOTHING_IGNORED,
+    bad,
+    check_devices,
+    check_floating,
+    check_target,
+    check_target_range,
+)
 from trimtab.ops.token_loss import _chunks  # noqa: F401  (registers the chunked operators)
 from trimtab.ops.token_loss import _inputs as inputs
 from trimtab.ops.token_loss._functions import (
@@ -23,7 +32,7 @@ from trimtab.ops.token_loss._functions import (
     TokenLoss,
     WeightedLoss,
 )
-from trimtab.ops.token_loss._inputs import NOTHING_IGNORED, TokenLossOptions
+from trimtab.ops.token_loss._inputs import TokenLossOptions
 from trimtab.ops.token_loss._weights import reduce_tokens, token_coefficients
 from trimtab.reference import token_loss as reference
 
@@ -161,13 +170,13 @@ def linear_cross_entropy(
     )
     loss_args = LossArguments(ignored, logit_scale, softcap_or_0, label_smoothing, lse_square_scale)
     if chosen == "reference":
-        inputs.check_target_range(head.target, ignored, linear_weight.shape[0])
+        check_target_range(head.target, ignored, linear_weight.shape[0])
         tokens = reference.linear_token_loss(
             head.input, head.weight, head.bias, head.target, **loss_args.for_reference(class_weight)
         )
         return reduce_tokens(tokens, coefficients, reduction, count, head.shape)
     head_args = HeadArguments(options.chunk_size, options.accum_dtype, head.compute_dtype, chosen)
-    needs = _needs(head.input, head.weight, head.bias)
+    needs = needs_grad(head.input, head.weight, head.bias)
     if reduction != "none" and (count is None or count == 1):
         assert coefficients.values is not None, "a reduction has a coefficient for every token"
         coef = coefficients.values.reshape(-1)
@@ -236,20 +245,14 @@ def cross_entropy(
             ``TRIMTAB_CHECK=1``.
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
-    inputs.check_floating("input", input)
+    check_floating("input", input)
     if input.dim() == 0:
-        raise inputs.bad(
-            "input", "of shape (C,), (N, C) or (N, C, d1, ...)", (), "pass rows of logits"
-        )
+        raise bad("input", "of shape (C,), (N, C) or (N, C, d1, ...)", (), "pass rows of logits")
     classes = input.shape[0] if input.dim() == 1 else input.shape[1]
     if classes == 0:
-        raise inputs.bad(
-            "input", "of at least one class", tuple(input.shape), "check the logits' shape"
-        )
-    inputs.check_target(
-        target, input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
-    )
-    inputs.check_devices(input, {"target": target})
+        raise bad("input", "of at least one class", tuple(input.shape), "check the logits' shape")
+    check_target(target, input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:])
+    check_devices(input, {"target": target})
     softcap_or_0 = inputs.check_scalars(
         label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
         lse_square_scale=lse_square_scale,
@@ -266,7 +269,7 @@ def cross_entropy(
         ignore_index, logit_scale, softcap_or_0, label_smoothing, lse_square_scale
     )
     if chosen == "reference":
-        inputs.check_target_range(flat, ignore_index, classes)
+        check_target_range(flat, ignore_index, classes)
         tokens = reference.token_loss(rows, flat, **loss_args.for_reference(class_weight))
     else:
         tokens = RowLoss.apply(rows, flat, class_weight, loss_args, chosen)
@@ -329,7 +332,7 @@ def linear_logp(
     chosen = choose("linear_logp", input.device.type, head.compute_dtype, impl).impl
     ignored = NOTHING_IGNORED if ignore_index is None else ignore_index
     if chosen == "reference":
-        inputs.check_target_range(head.target, ignored, linear_weight.shape[0])
+        check_target_range(head.target, ignored, linear_weight.shape[0])
         outputs = reference.token_logp(
             F.linear(head.input, head.weight, head.bias), head.target,
             inv_temperature=inv_temperature, ignore_index=ignore_index, logit_scale=logit_scale,
@@ -338,7 +341,7 @@ def linear_logp(
     else:
         outputs = LinearLogp.apply(
             head.input, head.weight, head.bias, head.target, inv_temperature,
-            _needs(head.input, head.weight, head.bias), (ignored, logit_scale, softcap_or_0),
+            needs_grad(head.input, head.weight, head.bias), (ignored, logit_scale, softcap_or_0),
             HeadArguments(options.chunk_size, options.accum_dtype, head.compute_dtype, chosen),
         )  # fmt: skip
     return TokenLogp(*(output.reshape(head.shape) for output in outputs))
@@ -401,11 +404,6 @@ def linear_logp_ratio(
         input, linear_weight, target, linear_bias=linear_bias, temperature=temperature, **shared
     ).logp
     return LogpRatio(logp - ref_logp, logp, ref_logp)
-
-
-def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
-    grad = torch.is_grad_enabled()
-    return tuple(grad and tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _choice_of_cross_entropy(arguments: dict[str, Any]) -> Choice:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trimtab._schemas import result_dtype
+from trimtab.ops._checks import check_target_range
 from trimtab.ops.token_loss._gradients import HeadGradients
-from trimtab.ops.token_loss._inputs import check_target_range
 
 _CUDA_CHUNK_BYTES = 512 * 2**20
 

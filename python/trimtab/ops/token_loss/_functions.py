@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab.ops._autograd import graph_is_kept, through_reference, wants_double_backward
 from trimtab.ops.token_loss._chunks import times
 from trimtab.reference import token_loss as reference
 
@@ -39,29 +40,6 @@ class HeadArguments(NamedTuple):
     accum_dtype: torch.dtype
     compute_dtype: torch.dtype
     impl: str
-
-
-def graph_is_kept() -> bool:
-    """Whether backward may run again, so that what was saved must survive it."""
-    return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def wants_double_backward() -> bool:
-    """Whether this backward is itself differentiated (``create_graph=True``)."""
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled()
-
-
-def through_reference(
-    outputs: Any, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], upstream: Any
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, from the oracle, at eager cost."""
-    wanted = [
-        tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None
-    ]
-    found = iter(
-        torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True)
-    )
-    return [next(found) if need else None for need in needs]
 
 
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

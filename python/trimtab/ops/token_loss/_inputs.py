@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +12,15 @@ from torch.nn import functional as F
 
 from trimtab._choose import Choice, choose
 from trimtab._schemas import result_dtype
+from trimtab.ops._checks import (
+    FLOATING,
+    bad,
+    check_devices,
+    check_floating,
+    check_target,
+    looks_at_values,
+)
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# An ignore_index that no int64 target of a caller equals: stands for "nothing is ignored".
-NOTHING_IGNORED = -(2**63)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -66,11 +70,6 @@ class Head(NamedTuple):
     shape: torch.Size  # of the target as given
 
 
-def bad(argument: str, expected: str, got: object, remedy: str) -> ValueError:
-    """The package's form of ValueError; made only to be raised: formatting breaks graphs."""
-    return ValueError(f"{argument} must be {expected}, got {got}; {remedy}")
-
-
 def check_options(options: object) -> TokenLossOptions:
     """The options given, or the defaults."""
     if options is None:
@@ -106,33 +105,6 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
     dtype = compute_dtype(input, weight, bias)
     flat = input.reshape(-1, input.shape[-1])
     return Head(flat, weight, bias, target.reshape(-1), dtype, target.shape)
-
-
-def check_target(target: Tensor, shape: torch.Size) -> None:
-    """Target dtype and shape."""
-    if target.dtype != torch.int64:
-        raise TypeError(
-            f"target must be int64 class indices, got {target.dtype}; use target.long()"
-        )
-    if target.shape != shape:
-        raise bad("target", f"of shape {tuple(shape)}, one index per row", tuple(target.shape),
-                  "flatten or shift both alike")  # fmt: skip
-
-
-def check_devices(first: Tensor, others: dict[str, Tensor | None]) -> None:
-    """Everything on the device of the first argument."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise bad(name, f"on {first.device} as input is", tensor.device,
-                      f"use {name}.to({str(first.device)!r})")  # fmt: skip
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """A floating dtype that the family supports."""
-    if tensor.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; cast it"
-        )
 
 
 def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -235,26 +207,6 @@ def check_token_weight(token_weight: Tensor | None, target: Tensor) -> int | Non
         raise bad("token_weight", f"of shape {shape} or (K, {str(shape)[1:]}", given,
                   "one weight per token, or K vectors of them")  # fmt: skip
     return token_weight.shape[0]
-
-
-def looks_at_values(tensor: Tensor) -> bool:
-    """Whether checks may read the tensor: on a CPU, elsewhere only with ``TRIMTAB_CHECK=1``."""
-    if torch.compiler.is_compiling():
-        return False
-    return tensor.device.type == "cpu" or os.environ.get("TRIMTAB_CHECK") == "1"
-
-
-def check_target_range(target: Tensor, ignore_index: int, classes: int) -> None:
-    """IndexError for a target outside the vocabulary; unchecked, a kernel answers with NaN."""
-    if not looks_at_values(target):
-        return
-    out_of_range = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bool(out_of_range.any()):
-        row = int(out_of_range.nonzero()[0])
-        raise IndexError(
-            f"target must be in [0, {classes}) or equal to ignore_index, got {int(target[row])} at "
-            f"flat position {row}; check the tokenizer's size against the head's"
-        )
 
 
 def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | None:

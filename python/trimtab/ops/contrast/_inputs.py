@@ -27,6 +27,20 @@ class PerRow(NamedTuple):
         return self.number if self.rows is None else self.rows
 
 
+class Transform(NamedTuple):
+    """One function, for a number (traceable by ``torch.compile``) and for float64 tensors."""
+
+    number: Callable[[float], float]
+    rows: Callable[[Tensor], Tensor]
+
+
+_LOG = Transform(lambda x: math.log(x) if x > 0 else -_INF, torch.log)
+# A top_p of 1 removes nothing.
+_TAIL = Transform(
+    lambda top_p: -1.0 if top_p >= 1 else 1.0 - top_p,
+    lambda top_p: torch.where(top_p >= 1.0, -1.0, 1.0 - top_p),
+)
+
 OFF = PerRow(-_INF)
 """No plausibility mask, no min-p."""
 
@@ -161,7 +175,7 @@ def per_row(
     fits: Callable[[Any], Any],
     *,
     dtype: torch.dtype | None = None,
-    transform: Callable[[Tensor], Tensor] | None = None,
+    transform: Transform | None = None,
 ) -> PerRow:
     """A number or one per row, checked.
 
@@ -173,7 +187,7 @@ def per_row(
         expected: the range in words.
         fits: whether a number, or each of a tensor's, is in it.
         dtype: of the tensor handed on; None for the result's dtype.
-        transform: float64 to float64, before rounding to the result's dtype.
+        transform: from what is given to what the operators take, before rounding.
     """
     integral = dtype == torch.int64
     kinds = (int,) if integral else (int, float)
@@ -188,7 +202,7 @@ def per_row(
             raise bad(name, expected, value, "see the argument's documentation")
         if transform is None:
             return PerRow(value)
-        return PerRow(float(transform(torch.tensor(value, dtype=torch.float64))))
+        return PerRow(transform.number(value))
     if value.requires_grad:
         raise bad(name, "without gradient", "requires_grad=True", f"use {name}.detach()")
     if integral and (value.dtype.is_floating_point or value.dtype == torch.bool):
@@ -200,7 +214,7 @@ def per_row(
     if looks_at_values(value) and not bool(torch.as_tensor(fits(value)).all()):
         raise bad(name, expected, value.tolist(), "see the argument's documentation")
     if transform is not None:
-        value = transform(value.double())
+        value = transform.rows(value.double())
     rows = value.to(device=like.device, dtype=dtype or result_dtype(like.dtype))
     return PerRow(0, rows.expand(shape).reshape(-1).contiguous())
 
@@ -215,7 +229,7 @@ def check_plausibility(beta: object, shape: torch.Size, like: Tensor) -> PerRow:
     if beta is None:
         return OFF
     return per_row("plausibility", beta, shape, like, "in (0, 1] or None",
-                   lambda x: (x > 0) & (x <= 1), transform=torch.log)  # fmt: skip
+                   lambda x: (x > 0) & (x <= 1), transform=_LOG)  # fmt: skip
 
 
 def check_temperature(temperature: object, shape: torch.Size, like: Tensor) -> PerRow:
@@ -244,13 +258,8 @@ def check_filters(arguments: Mapping[str, Any], shape: torch.Size, like: Tensor)
         per_row("temperature", arguments["temperature"], shape, like, "0 for greedy, or positive",
                 lambda x: (x >= 0) & (x < _INF)),
         check("top_k", 0, "positive, or 0 for none", lambda x: x >= 0, **whole),
-        check("top_p", -1.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), transform=_tail),
-        check("min_p", -_INF, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), transform=torch.log),
+        check("top_p", -1.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), transform=_TAIL),
+        check("min_p", -_INF, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), transform=_LOG),
         seed,
         position,
     )  # fmt: skip
-
-
-def _tail(top_p: Tensor) -> Tensor:
-    """``1 - top_p``; negative for a top_p of 1, which removes nothing."""
-    return torch.where(top_p >= 1.0, -1.0, 1.0 - top_p)

@@ -17,6 +17,23 @@ if TYPE_CHECKING:
         row_token_ids,
         token_nll,
     )
+    from trimtab.algorithms.inverse_q import (
+        ClippedSurrogate,
+        GivenPolicy,
+        Imitation,
+        InverseQ,
+        InverseQConfig,
+        InverseQTrainer,
+        PrinciplePrompt,
+        ReverseKL,
+    )
+    from trimtab.algorithms.self_contrastive import (
+        ContrastiveBranch,
+        ContrastiveLogitsProcessor,
+        SelfContrastiveDecoding,
+        self_contrastive_generate,
+        self_contrastive_inputs,
+    )
     from trimtab.ops import explain
     from trimtab.ops.contrast import (
         Sampled,
@@ -58,14 +75,38 @@ _HOME = {
     "choose_regularization": "trimtab.algorithms.capability_salience",
     "row_token_ids": "trimtab.algorithms.capability_salience",
     "token_nll": "trimtab.algorithms.capability_salience",
+    "ContrastiveBranch": "trimtab.algorithms.self_contrastive",
+    "ContrastiveLogitsProcessor": "trimtab.algorithms.self_contrastive",
+    "SelfContrastiveDecoding": "trimtab.algorithms.self_contrastive",
+    "self_contrastive_generate": "trimtab.algorithms.self_contrastive",
+    "self_contrastive_inputs": "trimtab.algorithms.self_contrastive",
+    "ClippedSurrogate": "trimtab.algorithms.inverse_q",
+    "GivenPolicy": "trimtab.algorithms.inverse_q",
+    "Imitation": "trimtab.algorithms.inverse_q",
+    "InverseQ": "trimtab.algorithms.inverse_q",
+    "InverseQConfig": "trimtab.algorithms.inverse_q",
+    "InverseQTrainer": "trimtab.algorithms.inverse_q",
+    "PrinciplePrompt": "trimtab.algorithms.inverse_q",
+    "ReverseKL": "trimtab.algorithms.inverse_q",
 }
 
 __all__ = [
     "CapabilitySalience",
     "Choice",
+    "ClippedSurrogate",
+    "ContrastiveBranch",
+    "ContrastiveLogitsProcessor",
+    "GivenPolicy",
     "HeadWeights",
+    "Imitation",
+    "InverseQ",
+    "InverseQConfig",
+    "InverseQTrainer",
     "LogpRatio",
+    "PrinciplePrompt",
+    "ReverseKL",
     "Sampled",
+    "SelfContrastiveDecoding",
     "TokenLogp",
     "TokenLossOptions",
     "TokenWeights",
@@ -82,6 +123,8 @@ __all__ = [
     "linear_logp",
     "linear_logp_ratio",
     "row_token_ids",
+    "self_contrastive_generate",
+    "self_contrastive_inputs",
     "token_nll",
 ]
 

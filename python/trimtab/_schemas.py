@@ -96,8 +96,8 @@ _LIB.define(
     "-> (Tensor grad_positive, Tensor grad_negative, Tensor grad_anchor)"
 )
 _LIB.define(
-    # A symbolic position: decoding compiles once, not once per step.
-    f"contrastive_sample({_SAMPLE.format(integer='SymInt')}, int rows, str impl) "
+    # Symbolic integers: decoding compiles once, not once per step and batch.
+    f"contrastive_sample({_SAMPLE.format(integer='SymInt')}, SymInt rows, str impl) "
     "-> (Tensor token, Tensor logp, Tensor kept)"
 )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from trimtab.demo import salience, speed
+from trimtab.demo import salience, self_contrastive, speed
 from trimtab.demo.section import Section
 
 SECTIONS: dict[str, Section] = {
-    section.key: section for section in (salience.SECTION, speed.SECTION)
+    section.key: section
+    for section in (salience.SECTION, self_contrastive.SECTION, speed.SECTION)
 }

@@ -70,9 +70,9 @@ class Filters(NamedTuple):
         return [part for parameter in self for part in parameter]
 
 
-def check_rows(positive: Tensor, negative: Tensor | None, anchor: Tensor | None) -> Rows:
+def check_rows(positive: Tensor, negative: Tensor, anchor: Tensor | None) -> Rows:
     """Rows of one shape, device and dtype; flattens the leading dimensions."""
-    check_floating("positive", positive)
+    check_tensors(positive, negative)
     if positive.dim() < 1:
         raise bad("positive", "of shape (..., V)", tuple(positive.shape), "one row is logits[None]")
     for name, rows in (("negative", negative), ("anchor", anchor)):
@@ -84,6 +84,16 @@ def check_rows(positive: Tensor, negative: Tensor | None, anchor: Tensor | None)
         check_same_dtype(name, rows, positive)
     check_devices(positive, {"negative": negative, "anchor": anchor}, "positive")
     return matrices(positive, negative, anchor, positive.shape[:-1])
+
+
+def check_tensors(positive: Tensor, negative: object) -> None:
+    """Both sides of the contrast are there."""
+    if not isinstance(negative, Tensor):
+        raise TypeError(
+            f"negative must be a tensor, got {type(negative).__name__}; without a contrast pass "
+            "positive twice"
+        )
+    check_floating("positive", positive)
 
 
 def check_same_dtype(name: str, rows: Tensor, positive: Tensor) -> None:
@@ -132,7 +142,7 @@ def check_row_map(name: str, rows: Tensor | None, of: Tensor, like: Tensor) -> T
 
 
 def mapped_rows(
-    positive: Tensor, sources: dict[str, Tensor | None], given: dict[str, Tensor | None]
+    positive: Tensor, sources: dict[str, Any], given: dict[str, Tensor | None]
 ) -> tuple[Rows, tuple[Tensor | None, ...]]:
     """The rows of ``contrastive_sample`` as matrices, and its row maps."""
     if all(rows is None for rows in given.values()):
@@ -142,7 +152,7 @@ def mapped_rows(
         return rows, (None, None, None)
     count: int | None = None
     maps: list[Tensor | None] = []
-    check_floating("positive", positive)
+    check_tensors(positive, sources["negative"])
     check_devices(positive, sources, "positive")
     for name, tensor in sources.items():
         rows_of = given[name]

@@ -213,9 +213,17 @@ def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | Non
     """``1 / temperature`` per token, (N,) in the result's dtype; None for a temperature of 1."""
     dtype = result_dtype(head.compute_dtype)
     if not isinstance(temperature, Tensor):
-        if not temperature > 0.0:
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(
+                f"temperature must be a number or a tensor, got {type(temperature).__name__}; "
+                "one number for all tokens, or a tensor with one per token"
+            )
+        if not 0.0 < temperature < math.inf:
             raise bad(
-                "temperature", "positive", temperature, "the limit 0 is an argmax: see `predicted`"
+                "temperature",
+                "positive and finite",
+                temperature,
+                "the limit 0 is an argmax: see `predicted`",
             )
         if temperature == 1.0:
             return None
@@ -231,10 +239,10 @@ def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | Non
         shape = tuple(head.shape)
         raise bad("temperature", f"a number or of shape {shape}", tuple(temperature.shape),
                   "one temperature per token")  # fmt: skip
-    if looks_at_values(temperature) and bool((~(temperature > 0)).any()):
-        raise bad(
-            "temperature", "positive everywhere", float(temperature.min()), "clamp it from below"
-        )
+    if looks_at_values(temperature) and bool(
+        (~((temperature > 0) & (temperature < math.inf))).any()
+    ):
+        raise bad("temperature", "positive and finite everywhere", temperature.tolist(), "clamp it")
     return temperature.to(dtype).reciprocal().expand(head.shape).reshape(-1)
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         ReverseKL,
     )
     from trimtab.algorithms.self_contrastive import (
+        HELPFUL_PROMPT,
+        SAFETY_PROMPT,
         ContrastiveBranch,
         ContrastiveLogitsProcessor,
         SelfContrastiveDecoding,
@@ -75,6 +77,8 @@ _HOME = {
     "choose_regularization": "trimtab.algorithms.capability_salience",
     "row_token_ids": "trimtab.algorithms.capability_salience",
     "token_nll": "trimtab.algorithms.capability_salience",
+    "HELPFUL_PROMPT": "trimtab.algorithms.self_contrastive",
+    "SAFETY_PROMPT": "trimtab.algorithms.self_contrastive",
     "ContrastiveBranch": "trimtab.algorithms.self_contrastive",
     "ContrastiveLogitsProcessor": "trimtab.algorithms.self_contrastive",
     "SelfContrastiveDecoding": "trimtab.algorithms.self_contrastive",
@@ -91,6 +95,8 @@ _HOME = {
 }
 
 __all__ = [
+    "HELPFUL_PROMPT",
+    "SAFETY_PROMPT",
     "CapabilitySalience",
     "Choice",
     "ClippedSurrogate",

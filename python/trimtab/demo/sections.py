@@ -6,6 +6,5 @@ from trimtab.demo import salience, self_contrastive, speed
 from trimtab.demo.section import Section
 
 SECTIONS: dict[str, Section] = {
-    section.key: section
-    for section in (salience.SECTION, self_contrastive.SECTION, speed.SECTION)
+    section.key: section for section in (salience.SECTION, self_contrastive.SECTION, speed.SECTION)
 }

@@ -33,7 +33,7 @@ def self_contrastive_inputs(
     separator: str = " ",
     device: torch.device | str | None = None,
     **template_arguments: Any,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Both contexts of one chat or several, by the tokenizer's chat template, padded on the left.
 
     The safety prompt is the system message; where the chat has one of its own, it stands in front

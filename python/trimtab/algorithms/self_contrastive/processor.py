@@ -243,11 +243,8 @@ class ContrastiveLogitsProcessor(_Base):  # type: ignore[misc]
         The model that generates is the base. Proxy tuning (Liu et al., COLM 2024) is this with a
         small tuned expert, the same model untuned as antiexpert, and ``alpha=1``.
         """
-        sides = (
-            ContrastiveBranch(model, None, attention_mask, **branch)
-            for model in (expert, antiexpert)
-        )
-        positive, negative = sides
+        positive = ContrastiveBranch(expert, None, attention_mask, **branch)
+        negative = ContrastiveBranch(antiexpert, None, attention_mask, **branch)
         return cls(negative, alpha=alpha, positive=positive)
 
     @classmethod
@@ -298,7 +295,7 @@ class ContrastiveLogitsProcessor(_Base):  # type: ignore[misc]
             for branch in self._branches():
                 branch.reset()
             raise
-        self._seen = input_ids
+        self._seen = input_ids.clone()
         rows = {branch: self._as_scores(value, scores) for branch, value in logits.items()}
         z = contrastive_logits(
             scores if self.positive is None else rows[self.positive],

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from cases_token_loss import Case, cases, make_inputs, sample, truth
-from measure import Effort, Outcome, ReplayClock, Task, against_floor, race, summary
-from providers_token_loss import EAGER, FLOOR, PROVIDERS, Provider
+from measure import Effort, Outcome, ReplayClock, Task, race
+from providers_token_loss import EAGER, FLOOR, PROVIDERS
+from suite import Provider, parametrize, record
 
 CLOCK = ReplayClock()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,9 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("--quick")
-    pairs = [(case, provider) for case in cases(DEVICE, quick=quick) for provider in PROVIDERS]
-    ids = [f"{case.id}-{provider.name.replace(' ', '_')}" for case, provider in pairs]
-    metafunc.parametrize(("case", "provider"), pairs, ids=ids)
+    parametrize(metafunc, cases(DEVICE, quick=quick), PROVIDERS)
 
 
 def run_race(case: Case, providers: list[Provider], effort: Effort) -> dict[str, Outcome]:
@@ -50,22 +49,4 @@ def run_race(case: Case, providers: list[Provider], effort: Effort) -> dict[str,
 @pytest.mark.timeout(1800)
 @pytest.mark.benchmark(timer=CLOCK.now)
 def test_token_loss(benchmark, case, provider, races, leave_out):
-    reason = provider.reason(case, races.full)
-    if reason is not None:
-        leave_out(case, provider.name, "not run", reason)
-        pytest.skip(reason)
-    outcomes = races.of(case, run_race, lambda other: other.reason(case, races.full) is None)
-    outcome = outcomes[provider.name]
-    if outcome.status != "timed":
-        leave_out(case, provider.name, outcome.status, outcome.reason)
-        # A wrong peer is a result; a wrong kernel of ours is a bug.
-        verdict = pytest.fail if provider.impl else pytest.xfail
-        verdict(f"{outcome.status}: {outcome.reason}")
-    floor = outcomes[FLOOR]
-    row = {**case.describe(), "provider": provider.name, "impl": provider.impl, **summary(outcome)}
-    floor_ms = summary(floor)["p50_ms"] if floor.status == "timed" else None
-    row |= against_floor(row, floor_ms, case.flop, case.bytes)
-    benchmark.extra_info.update(row, **races.header)
-    benchmark.group = case.id
-    CLOCK.load(outcome.seconds)
-    benchmark.pedantic(CLOCK.spend, rounds=len(outcome.seconds))
+    record(benchmark, CLOCK, case, provider, races, leave_out, run_race, FLOOR)

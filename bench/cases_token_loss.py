@@ -67,6 +67,15 @@ class Case(NamedTuple):
         return MODES[self.mode]
 
     @property
+    def op(self) -> str:
+        return self.about.op
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph does the same: none leaves out work by looking at the data."""
+        return self.mode != "half"
+
+    @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype_name)
 
@@ -99,7 +108,7 @@ class Case(NamedTuple):
     def describe(self) -> dict[str, object]:
         """The fields that name this case in a result row."""
         return {
-            "family": self.family, "op": self.about.op, "mode": self.mode, "dtype": self.dtype_name,
+            "family": self.family, "op": self.op, "mode": self.mode, "dtype": self.dtype_name,
             "shape": [self.rows, self.width, self.classes], "device": self.device,
         }  # fmt: skip
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from families import FAMILIES
+
 Row = dict[str, Any]
 
-FLOOR = "products alone"
-AXES = {"token_loss": ("N", "D", "V")}
+FLOORS = frozenset(name for family in FAMILIES.values() for name in family.floors)
 # Ours in one hue, told apart by the marker; the floor is a line without one.
 _OURS = {"trimtab native": "o", "trimtab triton": "s", "trimtab reference": "v"}
 _OURS_COLOUR = "#c1440e"
@@ -34,10 +35,10 @@ def draw(rows: Sequence[Row], folder: Path, family: str, machine: str) -> list[P
         if over_shape:
             for field, label, name in (
                 ("p50_ms", "ms", "time"),
-                ("extra_mib", "MiB beyond inputs and gradients", "memory"),
+                ("extra_mib", "MiB beyond inputs and results", "memory"),
             ):
                 path = folder / f"{family}-{name}.svg"
-                _draw_sweeps(over_shape, field, label, AXES[family], f"{name} on {machine}", path)
+                _draw_sweeps(over_shape, field, label, f"{name} on {machine}", path)
                 written.append(path)
         against = bars(rows)
         if against:
@@ -57,7 +58,7 @@ def sweeps(rows: Sequence[Row], least: int = 3) -> Iterator[tuple[int, str, list
         groups.items(), key=lambda item: str(item[0])
     ):
         if len({row["shape"][axis] for row in group}) >= least:
-            names = AXES[group[0]["family"]]
+            names = _axes(group[0])
             fixed = ", ".join(
                 f"{names[i]} {size}" for i, size in enumerate(rest) if size is not None
             )
@@ -65,34 +66,44 @@ def sweeps(rows: Sequence[Row], least: int = 3) -> Iterator[tuple[int, str, list
 
 
 def bars(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Time over the floor by case and provider, for the largest shape of every mode and dtype."""
-    largest: dict[tuple[str, str], list[int]] = {}
+    """Time over the floor by case and provider, for every mode and dtype.
+
+    Of a mode's shapes the one that most modes share is shown, the largest of several such.
+    """
+    modes: dict[tuple[int, ...], set[str]] = defaultdict(set)
+    for row in rows:
+        modes[tuple(row["shape"])].add(row["mode"])
+    shown: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         key = (row["mode"], row["dtype"])
-        # The shape that most modes share comes first in the suite and has the widest hidden size.
-        largest[key] = max(
-            largest.get(key, [0, 0, 0]), row["shape"], key=lambda s: (s[1], s[0], s[2])
+        shown[key] = max(
+            shown.get(key, []), row["shape"], key=lambda shape: (len(modes[tuple(shape)]), shape)
         )
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        is_floor = row["provider"] == FLOOR
         if (
-            row["shape"] == largest[row["mode"], row["dtype"]]
+            row["shape"] == shown[row["mode"], row["dtype"]]
             and row["over_floor"]
-            and not is_floor
+            and row["provider"] not in FLOORS
         ):
             found[f"{row['mode']}, {row['dtype']}"][row["provider"]] = row["over_floor"]
     return dict(found)
+
+
+def _axes(row: Row) -> tuple[str, ...]:
+    return FAMILIES[row["family"]].axes_for(row["op"])
 
 
 def _styles(providers: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Line styles by name, the same in every panel of a picture."""
     styles: dict[str, dict[str, Any]] = {}
     others = [
-        name for name in providers if name not in _OURS and name != FLOOR and "trimtab" not in name
+        name
+        for name in providers
+        if name not in _OURS and name not in FLOORS and "trimtab" not in name
     ]
     for name in providers:
-        if name == FLOOR:
+        if name in FLOORS:
             styles[name] = {"color": "black", "linestyle": "--", "linewidth": 1}
         elif name in others:
             i = others.index(name)
@@ -109,7 +120,6 @@ def _draw_sweeps(
     found: Sequence[tuple[int, str, list[Row]]],
     field: str,
     label: str,
-    names: Sequence[str],
     title: str,
     path: Path,
 ) -> None:
@@ -126,7 +136,7 @@ def _draw_sweeps(
             if points:
                 panel.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
         sizes = sorted({row["shape"][axis] for row in group})
-        panel.set(xscale="log", yscale="log", xlabel=names[axis], ylabel=label)
+        panel.set(xscale="log", yscale="log", xlabel=_axes(group[0])[axis], ylabel=label)
         panel.set_xticks(sizes, [str(size) for size in sizes], rotation=30)
         panel.xaxis.set_minor_locator(NullLocator())
         _plain_numbers(panel.yaxis)

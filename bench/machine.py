@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
+PEERS = (
+    "liger-kernel", "cut-cross-entropy", "quack-kernels",
+    "transformers", "flashinfer-python", "vllm",
+)  # fmt: skip
 _NOISE = re.compile(
     r"\((r|tm|c)\)|@.*|\b(nvidia|geforce|intel|amd|cpu|processor|\d+-core|with .*)\b", re.IGNORECASE
 )

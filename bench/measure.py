@@ -4,7 +4,8 @@
   float64 truth (``trimtab.testing.error_budget``), at the very shape that is timed.
 - Rounds go round-robin, each beginning with another contender, so that a machine that slows down
   does so for all. A row gives the median and the 20th and 80th percentile of the rounds.
-- On a CPU a round is one call. On CUDA it is a graph of many calls, replayed between two events,
+- On a CPU a round is one call, or as many as last 20 ms, over copies of the inputs that together
+  hold three times the last cache. On CUDA it is a graph of many calls, replayed between two events,
   over copies of the inputs that together hold three times the L2 cache; where a call can't be
   captured, the calls are launched between the events instead.
 - Extra memory is the peak during one call beyond the inputs and the results it leaves: on CUDA the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -29,6 +31,8 @@ from trimtab.testing import BudgetError, error_budget, max_error
 
 Outputs = dict[str, Tensor]
 Step = Callable[[Any], Outputs]
+Judge = Callable[[Outputs, Outputs | None], Mapping[str, float]]
+"""``(results, eager's results or None) -> errors``; raises ``BudgetError`` where they are large."""
 
 # A call on a CPU that lasts longer is not repeated for its memory alone.
 _LONG_CALL = 2.0
@@ -44,6 +48,7 @@ class Effort(NamedTuple):
     seconds: float
     least: int
     most: int
+    repeat: float = 0.02  # what a round of short calls on a CPU lasts
 
     def rounds(self, call_seconds: float) -> int:
         """Rounds that fit the time, within bounds; 2 where a call fills it, 1 where twice that."""
@@ -51,8 +56,12 @@ class Effort(NamedTuple):
             return 1 if call_seconds >= 2 * self.seconds else 2
         return max(self.least, min(self.most, int(self.seconds / max(call_seconds, 1e-9))))
 
+    def calls(self, call_seconds: float) -> int:
+        """Calls in a round on a CPU."""
+        return max(1, min(_MOST_CALLS, math.ceil(self.repeat / max(call_seconds, 1e-9))))
 
-QUICK = Effort(0.05, 2, 2)
+
+QUICK = Effort(0.05, 2, 2, repeat=0.0)
 NORMAL = Effort(5.0, 3, 10)
 FULL = Effort(12.0, 7, 30)
 
@@ -65,6 +74,8 @@ class Contender(NamedTuple):
     checked: bool = True  # False for a floor, which has no result to check
     compiles: bool = False  # the first call also compiles
     capturable: bool = True  # does the same work inside a CUDA graph
+    probe: Step | None = None  # more results, for the check alone
+    units: int = 1  # tokens that a call makes, where times are those of one
 
 
 class Outcome(NamedTuple):
@@ -87,6 +98,7 @@ class Task(NamedTuple):
     sample: Callable[[Outputs], Outputs]
     dtype: torch.dtype
     device: str
+    judge: Judge | None = None  # None: ``check`` against the truth
 
 
 class _Entry:
@@ -97,6 +109,7 @@ class _Entry:
         self.extra_bytes: int | None = None
         self.call_seconds = math.inf
         self.rounds = 0
+        self.calls = 1
         self.run: Callable[[], float] | None = None
         self.timing = ""
         self.seconds: list[float] = []
@@ -174,6 +187,7 @@ def race(
             yardstick = picked
         if entry is not None:
             entry.rounds = effort.rounds(entry.call_seconds)
+            entry.calls = effort.calls(entry.call_seconds)
             entries.append(entry)
         _release(task.device)
     _time_in_turns(entries, task)
@@ -207,7 +221,13 @@ def _first_calls(
     errors: Mapping[str, float] = {}
     if contender.checked:
         picked = {name: value.detach().clone() for name, value in task.sample(outputs).items()}
-        errors = check(picked, picked if yardstick is None else yardstick, task.truth, task.dtype)
+        if contender.probe is not None:
+            picked |= contender.probe(task.inputs)
+        if task.judge is not None:
+            errors = task.judge(picked, yardstick)
+        else:
+            eager = picked if yardstick is None else yardstick
+            errors = check(picked, eager, task.truth, task.dtype)
     del outputs
     if seconds < _LONG_CALL or contender.compiles or task.device == "cuda":
         _, seconds, extra = timed_peak(call, task.device)
@@ -241,6 +261,8 @@ def _time_in_turns(entries: Sequence[_Entry], task: Task) -> None:
     if task.device == "cuda":
         copies = rotated(task.inputs, torch.cuda.get_device_properties(0).L2_cache_size)
         pool = torch.cuda.graph_pool_handle()
+    elif any(entry.calls > 1 for entry in entries):
+        copies = rotated(task.inputs, last_cache_bytes(), available_bytes())
     for entry in entries:
         step = entry.contender.step
         if task.device == "cuda":
@@ -249,14 +271,14 @@ def _time_in_turns(entries: Sequence[_Entry], task: Task) -> None:
                 step, copies, calls, pool if entry.contender.capturable else None
             )
         else:
-            entry.run, entry.timing = wall_round(step, task.inputs), "wall"
+            entry.run, entry.timing = wall_round(step, copies, entry.calls), "wall"
     if task.device == "cuda":
         _warm(entries)
     for turn in range(max((entry.rounds for entry in entries), default=0)):
         first = turn % len(entries)
         for entry in [*entries[first:], *entries[:first]]:
             if turn < entry.rounds and entry.run is not None:
-                entry.seconds.append(entry.run())
+                entry.seconds.append(entry.run() / entry.contender.units)
     for entry in entries:
         entry.run = None
     _release(task.device)
@@ -276,23 +298,44 @@ def _release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def wall_round(step: Step, inputs: Any) -> Callable[[], float]:
-    """Seconds of one call on a CPU; results are dropped after the clock has stopped."""
+def wall_round(step: Step, copies: Sequence[Any], calls: int) -> Callable[[], float]:
+    """Seconds of one call on a CPU; the last results are dropped after the clock has stopped."""
+    turns = itertools.cycle(copies)
 
     def run() -> float:
         collecting = gc.isenabled()
         gc.disable()
         try:
             start = time.perf_counter()
-            outputs = step(inputs)
+            for _ in range(calls):
+                outputs = step(next(turns))
             seconds = time.perf_counter() - start
         finally:
             if collecting:
                 gc.enable()
         del outputs
-        return seconds
+        return seconds / calls
 
     return run
+
+
+def last_cache_bytes() -> int:
+    """Size of the largest cache of the first core; 32 MiB where the system does not tell."""
+    found = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = path.read_text().strip()
+        found.append(int(size.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(size[-1], 1))
+    return max(found, default=32 * 2**20)
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping; 1 GiB where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 2**30
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else 2**30
 
 
 def rotated(inputs: Any, cache_bytes: int, free_bytes: int | None = None) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,41 +17,14 @@ from torch.nn import functional as F
 
 import trimtab
 from cases_token_loss import IGNORED, Case, Inputs, Outputs
-from measure import Contender, Step
+from measure import Step
+from suite import Provider, always, not_here
 
 TokenLoss = Callable[[Inputs, str], Tensor]
 """``(inputs, reduction) -> loss``, for reduction "mean" or "none"."""
 
 FLOOR = "products alone"
 EAGER = "eager"
-
-
-class Provider(NamedTuple):
-    """One column of the comparison."""
-
-    name: str
-    step: Callable[[Case], Step]
-    why_not: Callable[[Case], str | None]
-    impl: str | None = None  # of ours
-    checked: bool = True
-    compiles: bool = False
-    # On a CPU only with --full, for this reason.
-    costly: Callable[[Case], str | None] = lambda case: None
-
-    def reason(self, case: Case, full: bool) -> str | None:
-        """Why it does not take part in this case, or None."""
-        problem = self.why_not(case)
-        if problem is None and not full and case.device == "cpu":
-            problem = self.costly(case)
-            problem = problem and f"only with --full: {problem}"
-        return problem
-
-    def contender(self, case: Case) -> Contender:
-        """What ``measure.race`` takes."""
-        # A graph can't leave out work by looking at the data, which is what mode "half" is about.
-        return Contender(
-            self.name, self.step(case), self.checked, self.compiles, capturable=case.mode != "half"
-        )
 
 
 def finish(case: Case, inputs: Inputs, loss: Tensor) -> Outputs:
@@ -108,16 +81,10 @@ def ours_why_not(impl: str) -> Callable[[Case], str | None]:
     """The package's own reason, for tensors of the case's dtype and device."""
 
     def why_not(case: Case) -> str | None:
-        if impl == "triton" and case.device == "cpu":
-            return "needs a GPU; the Triton interpreter is for tests and is never timed"
         x = torch.empty(1, 1, dtype=case.dtype, device=case.device)
         target = torch.zeros(1, dtype=torch.int64, device=case.device)
         arguments = (x, target) if case.mode == "rows" else (x, x, target)
-        try:
-            trimtab.explain(case.about.op, *arguments, impl=impl)
-        except (RuntimeError, TypeError) as error:
-            return str(error)
-        return None
+        return not_here(case.op, case.device, impl, *arguments)
 
     return why_not
 
@@ -267,10 +234,6 @@ def _peer(token_loss: TokenLoss) -> Callable[[Case], Step]:
     return lambda case: peer_step(case, token_loss)
 
 
-def _always(case: Case) -> None:
-    return None
-
-
 def _compiles(case: Case) -> str:
     return "each shape takes up to a minute to compile"
 
@@ -282,16 +245,16 @@ def _oracle(case: Case) -> str | None:
 
 
 PROVIDERS = (
-    Provider(FLOOR, products_step, _always, checked=False),
-    Provider(EAGER, _peer(eager), _always),
+    Provider(FLOOR, products_step, always, checked=False),
+    Provider(EAGER, _peer(eager), always),
     *(
         Provider(f"trimtab {impl}", ours_step(impl), ours_why_not(impl), impl=impl,
-                 costly=_oracle if impl == "reference" else _always)
+                 costly=_oracle if impl == "reference" else always)
         for impl in ("native", "triton", "reference")
     ),
     Provider("trimtab triton, bf16 accumulation", ours_step("triton", torch.bfloat16),
              _bf16_accumulation_why_not, impl="triton"),
-    Provider("torch.compile", compiled_step, _always, compiles=True, costly=_compiles),
+    Provider("torch.compile", compiled_step, always, compiles=True, costly=_compiles),
     Provider("torch chunked", _peer(torch_chunked(None)), _torch_chunked_why_not,
              costly=_many_times_eager),
     Provider("torch chunked 1024", _peer(torch_chunked(1024)), _torch_chunked_why_not,

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from families import FAMILIES, Rate
 from targets import Row, Verdict, verdicts
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -24,23 +25,6 @@ RUN_FIELDS = (
     "machine", "cpu", "cores", "threads", "cpu_capability", "gpu", "driver", "cuda", "python",
     "torch", "triton", "trimtab", "peers", "commit", "time", "load", "quick",
 )  # fmt: skip
-SHAPES = {"token_loss": "N x D x V"}
-MODES_IN_WORDS = {
-    "weighted": "scalar loss with token weights, forward + backward",
-    "mean": "plain mean without weights, forward + backward",
-    "half": "the same as weighted with half the tokens ignored or of weight 0",
-    "none": "one loss per token with an upstream known only in backward, forward + backward",
-    "frozen": "head frozen, one loss per token with an arbitrary upstream, forward + backward",
-    "logp": "log-probabilities, forward only",
-    "rows": "logits made already, one loss per token, forward + backward; floor: one copy of them",
-}
-ABOUT = (
-    "Times are medians over interleaved rounds, with the 20th and 80th percentile; `x floor` "
-    "is the time over that of the products the case can't do without, measured in the same "
-    "rounds; `extra` is the peak of one call beyond inputs and gradients; `error` is the "
-    "largest against float64, relative to the largest true value, over the loss and the "
-    "gradients."
-)
 
 
 class Results:
@@ -113,7 +97,7 @@ def markdown(machine: str, family: str, results: Results, pictures: Sequence[str
     parts = [
         f"# {family} on {machine}",
         "\n".join(_runs(results.runs)),
-        ABOUT,
+        FAMILIES[family].about,
         "## Targets\n\n" + "\n".join(target_lines(verdicts(results.rows, machine))),
         *(f"![{name}]({name})" for name in pictures),
         *_tables(results.rows, len(results.runs) > 1),
@@ -150,7 +134,7 @@ def target_lines(found: Sequence[Verdict]) -> Iterator[str]:
         shown = "" if value is None else f"{value:.3g}"
         yield (
             f"| {target.op} {target.mode} {target.dtype} {shape}{by} | {target.quantity} "
-            f"| {target.limit:g} | {shown} | {met} |"
+            f"| {target.limit:.3g} | {shown} | {met} |"
         )
     count = [verdict.met for verdict in found].count
     yield ""
@@ -162,25 +146,33 @@ def _tables(rows: Sequence[Row], several_runs: bool) -> Iterator[str]:
     for row in rows:
         groups[row["op"], row["mode"], row["dtype"]].append(row)
     for (op, mode, dtype), group in groups.items():
+        family = FAMILIES[group[0]["family"]]
+        rate = family.rate_for(op)
         columns = [
-            SHAPES.get(group[0]["family"], "shape"), "provider", "ms (p20 to p80)", "x floor",
-            "GFLOP/s", "extra MiB", "error", "rounds", *(["run"] if several_runs else []),
+            " x ".join(family.axes_for(op)), "provider", "ms (p20 to p80)", "x floor",
+            rate.heading, "extra MiB", "error", "rounds", *(["run"] if several_runs else []),
         ]  # fmt: skip
+        words = family.modes.get(mode, mode)
         lines = [
-            f"## {op}, {mode}, {dtype}\n\n{MODES_IN_WORDS.get(mode, mode).capitalize()}.\n",
+            f"## {op}, {mode}, {dtype}\n\n{words[:1].upper()}{words[1:]}.\n",
             "| " + " | ".join(columns) + " |",
             "|---" * len(columns) + "|",
         ]
-        lines += [_line(row) + (f" {row['run']} |" if several_runs else "") for row in group]
-        yield "\n".join(lines)
+        lines += [_line(row, rate) + (f" {row['run']} |" if several_runs else "") for row in group]
+        notes = [f"- {row['provider']}, {_shape(row)}: {row['note']}" for row in group
+                 if row.get("note")]  # fmt: skip
+        yield "\n".join(lines + (["", *notes] if notes else []))
 
 
-def _line(row: Row) -> str:
-    shape = " x ".join(map(str, row["shape"]))
+def _shape(row: Row) -> str:
+    return " x ".join(map(str, row["shape"]))
+
+
+def _line(row: Row, rate: Rate) -> str:
     ms = f"{row['p50_ms']:.4g} ({row['p20_ms']:.4g} to {row['p80_ms']:.4g})"
     cells = [
-        shape, row["provider"], ms, _number(row["over_floor"], ".2f"),
-        _number(row["gflops"] or None, ".0f"), _number(row["extra_mib"], ".1f"),
+        _shape(row), row["provider"], ms, _number(row["over_floor"], ".2f"),
+        _number(row.get(rate.field) or None, rate.how), _number(row["extra_mib"], ".1f"),
         _number(row["max_err"], ".1e"), f"{row['rounds']} ({row['timing']})",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"

@@ -12,6 +12,7 @@ Row = dict[str, Any]
 
 BASE = (2048, 1024, 32000)
 LLAMA = (8192, 4096, 128256)
+ROWS = (16, 128256)
 
 
 class Target(NamedTuple):
@@ -21,7 +22,7 @@ class Target(NamedTuple):
     op: str
     mode: str
     dtype: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     quantity: str
     limit: float
     provider: str | None = None  # None: the fastest of ours
@@ -42,6 +43,8 @@ class Verdict(NamedTuple):
 
 TIME_OVER_PRODUCTS = "time over the products alone"
 TIME_OVER_EAGER = "time over eager's"
+TIME_OVER_READ = "time over one read of the rows"
+TIME_OVER_CHAIN = "time over the Hugging Face chain's"
 TIME_OVER_ALL_TOKENS = "time over that with every token"
 MEMORY_OVER_EAGER = "extra memory beyond a float32 accumulator, over eager's"
 ERROR_OVER_EAGER = "error over eager's, the worst of loss and gradients"
@@ -49,6 +52,7 @@ MILLISECONDS = "ms"
 EXTRA_GIB = "GiB beyond inputs and gradients"
 
 _LCE = "linear_cross_entropy"
+_SAMPLE = "contrastive_sample"
 _BF16_ACCUMULATION = "trimtab triton, bf16 accumulation"
 
 TARGETS = (
@@ -69,16 +73,32 @@ TARGETS = (
     Target("h200", _LCE, "weighted", "bfloat16", (8192, 2304, 256000), MILLISECONDS, 42.5),
     Target("h200", _LCE, "frozen", "bfloat16", LLAMA, MILLISECONDS, 25.0),
     Target("h200", "linear_logp", "logp", "bfloat16", LLAMA, MILLISECONDS, 13.0),
+    *(
+        Target("cpu", _SAMPLE, mode, dtype, ROWS, quantity, limit, family="contrast")
+        for mode, quantity, limit in (
+            ("topk_topp", TIME_OVER_CHAIN, 1 / 30),
+            ("greedy", TIME_OVER_READ, 4.0),
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    Target(
+        "h200", _SAMPLE, "all", "bfloat16", (256, 128256), MILLISECONDS, 0.120, family="contrast"
+    ),
+    Target(
+        "h200", _SAMPLE, "all", "bfloat16", (256, 128256), MILLISECONDS, 0.075, family="contrast"
+    ),
 )
 
 
 def verdicts(rows: Sequence[Row], machine: str) -> list[Verdict]:
-    """Every target for this machine, with what its rows say."""
+    """Every target for this machine and the families of these rows, with what the rows say."""
     device = {row["device"] for row in rows}
+    families = {row["family"] for row in rows}
     return [
         Verdict(target, *_read(target, rows))
         for target in TARGETS
-        if machine.startswith(target.machine) or target.machine in device
+        if target.family in families
+        and (machine.startswith(target.machine) or target.machine in device)
     ]
 
 
@@ -121,9 +141,12 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below else above / below
 
 
-def _time_over_eager(row: Row, rows: Sequence[Row], target: Target) -> float | None:
-    eager = _other(rows, target, "eager")
-    return None if eager is None else _ratio(row["p50_ms"], eager["p50_ms"])
+def _time_over(provider: str) -> Callable[[Row, Sequence[Row], Target], float | None]:
+    def ratio(row: Row, rows: Sequence[Row], target: Target) -> float | None:
+        other = _other(rows, target, provider)
+        return None if other is None else _ratio(row["p50_ms"], other["p50_ms"])
+
+    return ratio
 
 
 def _error_over_eager(row: Row, rows: Sequence[Row], target: Target) -> float | None:
@@ -154,7 +177,9 @@ def _gib(row: Row, rows: Sequence[Row], target: Target) -> float | None:
 
 _QUANTITIES: dict[str, Callable[[Row, Sequence[Row], Target], float | None]] = {
     TIME_OVER_PRODUCTS: lambda row, rows, target: row["over_floor"],
-    TIME_OVER_EAGER: _time_over_eager,
+    TIME_OVER_READ: lambda row, rows, target: row["over_floor"],
+    TIME_OVER_CHAIN: _time_over("Hugging Face chain"),
+    TIME_OVER_EAGER: _time_over("eager"),
     TIME_OVER_ALL_TOKENS: _over_all_tokens,
     MEMORY_OVER_EAGER: _memory_over_eager,
     ERROR_OVER_EAGER: _error_over_eager,

@@ -191,7 +191,7 @@ def test_without_eager_there_is_no_yardstick():
 def test_contenders_take_turns_and_each_begins_once(monkeypatch):
     order: list[str] = []
 
-    def logged(step: Any, inputs: Any) -> Any:
+    def logged(step: Any, copies: Any, calls: int) -> Any:
         return lambda: order.append(step.__name__) or 1.0
 
     monkeypatch.setattr(measure, "wall_round", logged)

@@ -17,11 +17,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 try:
-    cases, figures, machine, measure, providers, report, targets = (
+    cases, contrast_cases, decoding, families, machine, measure = (
         importlib.import_module(name)
-        for name in ("cases_token_loss", "figures", "machine", "measure", "providers_token_loss",
-                     "report", "targets")
+        for name in ("cases_token_loss", "cases_contrast", "decoding_contrast", "families",
+                     "machine", "measure")
     )  # fmt: skip
+    providers, contrast_providers, figures, report, targets = (
+        importlib.import_module(name)
+        for name in ("providers_token_loss", "providers_contrast", "figures", "report", "targets")
+    )
 finally:
     sys.path.remove(str(ROOT / "bench"))
 
@@ -29,14 +33,29 @@ MIB = 2**20
 
 
 def test_every_target_is_a_case_of_the_suite():
-    suites = {"cpu": cases.cases("cpu"), "h200": cases.cases("cuda")}
-    names = {p.name for p in providers.PROVIDERS}
+    modules = {"token_loss": (cases, providers), "contrast": (contrast_cases, contrast_providers)}
     for target in targets.TARGETS:
-        found = [c for c in suites[target.machine] if list(target.shape) == c.describe()["shape"]]
-        assert any(c.mode == target.mode and c.dtype_name == target.dtype for c in found), target
-        assert target.provider is None or target.provider in names
-    assert figures.FLOOR == providers.FLOOR
-    assert set(report.MODES_IN_WORDS) == set(cases.MODES)
+        suite, contenders = modules[target.family]
+        found = suite.cases({"cpu": "cpu", "h200": "cuda"}[target.machine])
+        described = (target.op, target.mode, target.dtype, list(target.shape))
+        assert any((c.op, c.mode, c.dtype_name, c.describe()["shape"]) == described for c in found)
+        assert target.provider is None or target.provider in {p.name for p in contenders.PROVIDERS}
+
+
+def test_the_reports_know_every_mode_and_floor():
+    assert set(families.TOKEN_LOSS.modes) == set(cases.MODES)
+    assert families.TOKEN_LOSS.floors == (providers.FLOOR,)
+    assert set(families.CONTRAST.modes) == {*contrast_cases.MODES, decoding.Case.mode}
+    floors = {contrast_providers.READ, contrast_providers.PRODUCTS, decoding.FLOOR}
+    assert set(families.CONTRAST.floors) == floors
+    assert floors | {providers.FLOOR} == figures.FLOORS
+    for case in [*contrast_cases.cases("cpu"), *decoding.cases("cpu")]:
+        assert len(families.CONTRAST.axes_for(case.op)) == len(case.describe()["shape"])
+
+
+def test_targets_of_another_family_are_not_shown():
+    shown = targets.verdicts([a_row("eager", 1000.0)], "xeon-2core")
+    assert {verdict.target.family for verdict in shown} == {"token_loss"}
 
 
 def test_machines_are_named_by_what_they_are():

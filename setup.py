@@ -51,6 +51,9 @@ CXX_FLAGS = (
 ).split()
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# The rounding of every operation is part of what these families promise.
+EXACT_FAMILIES = ("contrast",)
+EXACT = ["-ffp-contract=off"]
 # File name suffix -> flags. Linked in this order: of a function that several files instantiate the
 # linker keeps the first, and that one must run on every processor that reaches it.
 INSTRUCTION_SETS = {
@@ -134,6 +137,12 @@ def torch_flags(folder: Path) -> tuple[list[str], list[str]]:
     return include, ["-L" + str(folder / "lib"), "-ltorch_cpu"]
 
 
+def own_flags(source: Path, suffix: str) -> list[str]:
+    """Flags of one file: those of its instruction set and of its family."""
+    exact = EXACT if source.name.startswith(EXACT_FAMILIES) else []
+    return [*INSTRUCTION_SETS[suffix], *exact]
+
+
 def cpu_library() -> Library:
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     if not sources:
@@ -146,13 +155,13 @@ def cpu_library() -> Library:
     for source in sources:
         suffix = next((s for s in INSTRUCTION_SETS if s and source.stem.endswith(s)), "")
         if x86 or not suffix:
-            flags = [*CXX_FLAGS, *INSTRUCTION_SETS[suffix], *include]
+            flags = [*CXX_FLAGS, *own_flags(source, suffix), *include]
             groups[suffix].append(Unit(source, [*compiler, *flags]))
     info = {
         "torch": facts["__version__"],
         "compiler": version,
         "flags": CXX_FLAGS,
-        "sources": {u.source.name: INSTRUCTION_SETS[s] for s in groups for u in groups[s]},
+        "sources": {u.source.name: own_flags(u.source, s) for s in groups for u in groups[s]},
     }
     link = [*compiler, "-shared", "-Wl,--no-undefined", "-Wl,--no-as-needed", *libraries]
     return Library("cpu", [unit for units in groups.values() for unit in units], link, info)

@@ -1,8 +1,8 @@
 // Vectors of the width that this file is compiled for, by the vector extensions of GCC and Clang.
 //
-// Every instruction set compiles its own copy, in a namespace of its own: an inline function that
-// two of them shared would be kept once by the linker, and the wrong one could run on an older
-// processor.
+// Every file compiles its own copy, in an unnamed namespace: an inline function that two of them
+// shared would be kept once by the linker, and the wrong one could run on an older processor, or
+// with products fused that must not be.
 #pragma once
 
 #include <cstdint>
@@ -21,17 +21,21 @@
 #define TRIMTAB_WIDTH 4
 #endif
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 namespace trimtab {
 namespace TRIMTAB_ISA {
+namespace {
 
 typedef float FloatVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
 typedef int32_t IntVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
 typedef uint32_t UintVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
 typedef uint16_t ShortVector __attribute__((vector_size(2 * TRIMTAB_WIDTH)));
+typedef uint64_t WordVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
+typedef float HalfVector __attribute__((vector_size(2 * TRIMTAB_WIDTH)));
+typedef double DoubleVector __attribute__((vector_size(4 * TRIMTAB_WIDTH)));
 
 template <class To, class From>
 inline To bits_of(From from) {
@@ -49,6 +53,12 @@ template <>
 struct Lanes<float> {
   using Vector = FloatVector;
   using Mask = IntVector;
+  using Key = UintVector;
+  // Of the machine that common/philox.h computes on.
+  using Float = FloatVector;
+  using Int = IntVector;
+  using Uint = UintVector;
+  using Word = WordVector;
   static constexpr int64_t width = TRIMTAB_WIDTH;
 
   static Vector spread(float x) { return x - Vector{}; }
@@ -59,6 +69,34 @@ struct Lanes<float> {
     return mask;
   }
   static Vector choose(Mask mask, Vector yes, Vector no) { return mask ? yes : no; }
+  // One bit per lane of a mask, from the lowest.
+  static uint32_t bits(Mask mask) {
+#if TRIMTAB_WIDTH == 16
+    return _mm512_movepi32_mask(bits_of<__m512i>(mask));
+#elif TRIMTAB_WIDTH == 8
+    return _mm256_movemask_ps(bits_of<__m256>(mask));
+#elif defined(__SSE2__)
+    return _mm_movemask_ps(bits_of<__m128>(mask));
+#else
+    uint32_t bits = 0;
+    for (int lane = 0; lane < width; ++lane) bits |= (mask[lane] & 1u) << lane;
+    return bits;
+#endif
+  }
+  static Vector to_float(IntVector x) { return __builtin_convertvector(x, Vector); }
+  static Vector to_float(UintVector x) { return __builtin_convertvector(x, Vector); }
+  // The products of the low halves of 64-bit lanes.
+  static Word low_product(Word x, uint32_t factor) {
+#if TRIMTAB_WIDTH == 16
+    return bits_of<Word>(_mm512_mul_epu32(bits_of<__m512i>(x), _mm512_set1_epi64(factor)));
+#elif TRIMTAB_WIDTH == 8
+    return bits_of<Word>(_mm256_mul_epu32(bits_of<__m256i>(x), _mm256_set1_epi64x(factor)));
+#elif defined(__SSE2__)
+    return bits_of<Word>(_mm_mul_epu32(bits_of<__m128i>(x), _mm_set1_epi64x(factor)));
+#else
+    return (x & 0xffffffffu) * factor;
+#endif
+  }
 
   static Vector load(const float* p) {
     Vector x;
@@ -164,12 +202,14 @@ template <>
 struct Lanes<double> {
   using Vector = double;
   using Mask = bool;
+  using Key = uint64_t;
   static constexpr int64_t width = 1;
 
   static Vector spread(double x) { return x; }
   static Mask all() { return true; }
   static Mask first(int64_t count) { return count > 0; }
   static Vector choose(Mask mask, Vector yes, Vector no) { return mask ? yes : no; }
+  static uint32_t bits(Mask mask) { return mask; }
   static Vector load(const double* p) { return *p; }
   static void store(double* p, Vector x) { *p = x; }
   static double sum(Vector x) { return x; }
@@ -178,5 +218,6 @@ struct Lanes<double> {
   static Vector tanh(Vector x) { return __builtin_tanh(x); }
 };
 
+}  // namespace
 }  // namespace TRIMTAB_ISA
 }  // namespace trimtab

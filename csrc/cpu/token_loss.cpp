@@ -1,33 +1,18 @@
 // Token loss on the CPU: checks, the choice of an instruction set, threads, registration.
 
-#include <cstdlib>
-#include <cstring>
-
+#include "cpu/isa.h"
 #include "cpu/token_loss_rows.h"
 #include "torch_api.h"
 
 namespace trimtab {
 namespace {
 
-// TRIMTAB_CPU_ISA names a narrower set than the processor has: for tests, and for the same bits on
-// different machines.
-bool allowed(const char* isa) {
-  const char* asked = std::getenv("TRIMTAB_CPU_ISA");
-  return !asked || !*asked || std::strcmp(asked, isa) == 0;
-}
-
 const RowTable& rows_for_this_processor() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (allowed(avx512_rows.name) && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return avx512_rows;
-  if (allowed(avx2_rows.name) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return avx2_rows;
-#endif
+  return table_for_this_processor(generic_rows, avx2_rows, avx512_rows);
+#else
   return generic_rows;
+#endif
 }
 
 template <class Element>

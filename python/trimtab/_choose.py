@@ -62,10 +62,6 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             return f"{op} has no CUDA C++ kernel; impl='triton' runs on CUDA"
         if _native.REASONS[device] is not None:
             return _native.REASONS[device]
-        if "contrastive" in op and not torch._C._dispatch_has_kernel_for_dispatch_key(
-            "trimtab::contrastive_sample_rows", "CPU"
-        ):
-            return "INTERIM: not built yet"
         return None if dtype in _NATIVE_DTYPES else f"dtype {dtype} is not supported by native"
     if not _HAS_TRITON:
         return "Triton is not installed; `pip install triton` on Linux, or use impl='reference'"

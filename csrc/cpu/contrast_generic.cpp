@@ -1,0 +1,1 @@
+#include "cpu/contrast_rows.inl"

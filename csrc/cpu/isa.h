@@ -1,0 +1,33 @@
+// The choice of an instruction set, when the library is loaded.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace trimtab {
+
+// TRIMTAB_CPU_ISA names a narrower set than the processor has: for tests, and for the same bits on
+// different machines.
+inline bool allowed(const char* isa) {
+  const char* asked = std::getenv("TRIMTAB_CPU_ISA");
+  return !asked || !*asked || std::strcmp(asked, isa) == 0;
+}
+
+#if defined(__x86_64__)
+// A family has one table of functions per instruction set, with its name.
+template <class Table>
+const Table& table_for_this_processor(const Table& generic, const Table& avx2,
+                                      const Table& avx512) {
+  __builtin_cpu_init();
+  if (allowed(avx512.name) && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return avx512;
+  if (allowed(avx2.name) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return avx2;
+  return generic;
+}
+#endif
+
+}  // namespace trimtab

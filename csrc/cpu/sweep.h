@@ -1,0 +1,72 @@
+// Rows of elements as vectors of the arithmetic they are computed in, whatever their length.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace trimtab {
+namespace TRIMTAB_ISA {
+namespace {
+
+template <class Element>
+using RealOf = typename Accumulate<Element>::type;
+template <class Element>
+using VectorOf = typename Lanes<RealOf<Element>>::Vector;
+
+template <class Element>
+void copy_elements(const Element* from, Element* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+template <class Element>
+VectorOf<Element> load_lanes(const Element* from, int64_t count) {
+  using L = Lanes<RealOf<Element>>;
+  if (count >= L::width) return L::load(from);
+  Element padded[L::width] = {};
+  copy_elements(from, padded, count);
+  return L::load(padded);
+}
+
+template <class Element>
+void store_lanes(Element* to, VectorOf<Element> x, int64_t count) {
+  using L = Lanes<RealOf<Element>>;
+  if (count >= L::width) return L::store(to, x);
+  Element padded[L::width];
+  L::store(padded, x);
+  copy_elements(padded, to, count);
+}
+
+// A sum in float64; of float64 numbers, with what each addition rounds away kept beside it.
+template <class Real>
+struct WideSum;
+
+template <>
+struct WideSum<float> {
+  DoubleVector low{}, high{};
+  void add(FloatVector x) {
+    HalfVector halves[2];
+    memcpy(halves, &x, sizeof(x));
+    low += __builtin_convertvector(halves[0], DoubleVector);
+    high += __builtin_convertvector(halves[1], DoubleVector);
+  }
+  double value() const {
+    const DoubleVector both = low + high;
+    double sum = 0;
+    for (int lane = 0; lane < TRIMTAB_WIDTH / 2; ++lane) sum += both[lane];
+    return sum;
+  }
+};
+
+template <>
+struct WideSum<double> {
+  double sum = 0, rounded_away = 0;
+  void add(double x) {
+    const double next = sum + x;
+    rounded_away += (sum - next) + x;
+    sum = next;
+  }
+  double value() const { return sum + rounded_away; }
+};
+
+}  // namespace
+}  // namespace TRIMTAB_ISA
+}  // namespace trimtab

@@ -302,3 +302,24 @@ def test_the_signature_is_the_contracts(op):
             assert parameter.kind is parameter.KEYWORD_ONLY
     if op.endswith("sample"):
         assert trimtab.Sampled._fields == ("token", "logp", "kept")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 1e39), ("temperature", 1e-46), ("alpha", 1e39)]
+)
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_parameters_fit_the_dtype_that_computes(name, value, as_tensor):
+    """In float32 these are infinite, or 0, which for a temperature would mean greedy."""
+    given = torch.full((len(P),), value, dtype=torch.float64) if as_tensor else value
+    for op in (trimtab.contrastive_logp, trimtab.contrastive_sample):
+        target = (Y,) if op is trimtab.contrastive_logp else ()
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            op(P, P, *target, **{"alpha": 0.5, name: given})
+
+
+def test_the_contrasted_rows_may_be_changed_in_place():
+    rows = P.clone().requires_grad_()
+    z = trimtab.contrastive_logits(rows, P, alpha=1.0)
+    z /= 2
+    z.sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))

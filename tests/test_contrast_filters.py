@@ -357,3 +357,28 @@ def test_a_temperature_that_overflows_or_flattens(case):
     check_sample(case, p, p, temperature=1e-20)
     check_sample(case, p, p, temperature=1e35, top_p=0.7)
     check_sample(case, p * 1e-60, p * 1e-60, temperature=1e-30, top_k=2)
+
+
+@pytest.mark.op("contrastive_sample", dtype=torch.float32)
+def test_bounds_at_the_ends_of_the_number_line_are_found(case):
+    """A bin of keys that ends past the largest key once made the search run for ever."""
+    logits = torch.zeros(1, 768, device=case.device)
+    logits[0, :256], logits[0, 512:], logits[0, 300:302] = -1.59e38, -3e38, 3e38
+    most = torch.finfo(torch.float32).max
+    both_ends = torch.tensor([[most, -most]], device=case.device)
+    for rows, top_k, kept in ((logits, 2, 2), (both_ends, 1, 1), (both_ends, 2, 2)):
+        drawn = trimtab.contrastive_sample(rows, rows, alpha=0.0, top_k=top_k, impl=case.impl)
+        assert drawn.kept.tolist() == [kept]
+
+
+def test_kept_counts_what_is_too_far_below_to_have_mass():
+    rows = torch.tensor([[-3.3e38, 0.0, 3e38]])
+    for impl in ("reference", "native"):
+        assert trimtab.contrastive_sample(rows, rows, alpha=0.0, impl=impl).kept.tolist() == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_equal_tokens_at_an_exact_boundary(impl, dtype):
+    rows = torch.zeros(1, 700, dtype=dtype)
+    assert trimtab.contrastive_sample(rows, rows, alpha=0.0, top_p=0.5, impl=impl).kept == 350

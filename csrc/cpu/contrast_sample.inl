@@ -131,8 +131,8 @@ Boundary<Real> find_boundary(const Row<Real>& row, Real low, Real top, double be
     }
     first += static_cast<Key>(found) << shift;
     if (shift == 0) return {number_of_key(first), below};
-    const Key end = first + ((Key{1} << shift) - 1);
-    last = end < last ? end : last;
+    const Key span = (Key{1} << shift) - 1;
+    if (last - first > span) last = first + span;
   }
 }
 

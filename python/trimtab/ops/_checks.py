@@ -20,6 +20,8 @@ def bad(argument: str, expected: str, got: object, remedy: str) -> ValueError:
 
 def check_target(target: Tensor, shape: torch.Size) -> None:
     """Target dtype and shape."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}; use torch.tensor")
     if target.dtype != torch.int64:
         raise TypeError(
             f"target must be int64 class indices, got {target.dtype}; use target.long()"
@@ -45,6 +47,18 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; cast it"
         )
+
+
+def check_ignore_index(ignore_index: int | None) -> int:
+    """The target that is ignored, or one that no caller has."""
+    if ignore_index is None:
+        return NOTHING_IGNORED
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(
+            f"ignore_index must be an integer or None, got {type(ignore_index).__name__}; None "
+            "ignores nothing"
+        )
+    return ignore_index
 
 
 def looks_at_values(tensor: Tensor) -> bool:

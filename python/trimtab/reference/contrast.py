@@ -134,7 +134,8 @@ def contrastive_sample(
     s = keep_top_p(s, _per_row(tail, rows, real, device))
     shifted = s - s.amax(-1, keepdim=True)
     minimum = _per_row(log_min_p, rows, real, device).unsqueeze(-1)
-    shifted = shifted.masked_fill(shifted < minimum, -_INF)
+    left = (s > -_INF) & ~(shifted < minimum)
+    shifted = shifted.masked_fill(~left, -_INF)
 
     noise = gumbel(
         _per_row(seed, rows, torch.int64, device),
@@ -143,7 +144,7 @@ def contrastive_sample(
     )
     token = (shifted + noise).argmax(-1)
     logp = torch.log_softmax(shifted, -1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    kept = (shifted > -_INF).sum(-1)
+    kept = left.sum(-1)
     token = torch.where(greedy, first, token).masked_fill(invalid, -1)
     logp = logp.masked_fill(greedy, 0.0).masked_fill(invalid, float("nan"))
     return token, logp, kept.masked_fill(greedy, 1).masked_fill(invalid, 0)
@@ -171,8 +172,8 @@ def keep_top_p(
     Face's ``TopPLogitsWarper``.
     """
     ordered, order = torch.sort(s, dim=-1, stable=True)
-    mass = torch.softmax(ordered.double(), -1).cumsum(-1).to(s.dtype)
-    removed = mass <= tail.unsqueeze(-1)
+    mass = (ordered - ordered[..., -1:]).double().exp().cumsum(-1)
+    removed = (mass / mass[..., -1:]).to(s.dtype) <= tail.unsqueeze(-1)
     removed[..., -1] = False
     return s.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), -_INF)
 

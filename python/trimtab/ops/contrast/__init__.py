@@ -27,9 +27,9 @@ from trimtab._schemas import result_dtype
 from trimtab.ops import token_loss
 from trimtab.ops._autograd import needs_grad
 from trimtab.ops._checks import (
-    NOTHING_IGNORED,
     bad,
     check_devices,
+    check_ignore_index,
     check_target,
     check_target_range,
     looks_at_values,
@@ -75,7 +75,8 @@ def contrastive_logits(
     """Contrasted logits: ``z = anchor + alpha * (positive - negative)``.
 
     Equal infinities in ``positive`` and ``negative`` cancel, and a token at -inf in the anchor
-    stays there, so that masks survive the contrast. Differentiable in all rows.
+    stays there, so that masks survive the contrast. Differentiable in all rows, except at infinite
+    logits, whose gradient has no meaning.
 
     Cost: one read of the rows, twice where there is a plausibility mask, and one write.
 
@@ -125,8 +126,9 @@ def contrastive_logp(
 
         d logp / d z_v = (delta_vy - p_v) / T
 
-    Differentiable in all rows (twice: the second time through the reference). Confident rows keep
-    their relative accuracy: the target stays out of the sum.
+    Differentiable in all rows (twice: the second time through the reference), except at infinite
+    logits, whose gradient has no meaning. In "native" and "triton" confident rows keep their
+    relative accuracy: the target stays out of the sum.
 
     Cost: one read of the rows forward; one read of them and one write per gradient backward. No
     combined row is kept.
@@ -157,7 +159,7 @@ def contrastive_logp(
     weight = inputs.check_alpha(alpha, rows.shape, positive)
     heat = inputs.check_temperature(temperature, rows.shape, positive)
     chosen = choose("contrastive_logp", positive.device.type, positive.dtype, impl).impl
-    ignored = NOTHING_IGNORED if ignore_index is None else ignore_index
+    ignored = check_ignore_index(ignore_index)
     flat = target.reshape(-1).contiguous()
     check_target_range(flat, ignored, positive.shape[-1])
     if chosen == "reference":
@@ -215,7 +217,8 @@ def contrastive_sample(
         top_p: keep the likeliest tokens that together exceed it; of equal tokens the highest
             indices stay. None or 1 for no such filter.
         min_p: keep what has at least this share of the largest probability; None for no filter.
-        seed: 64 bits; one per sequence.
+        seed: 64 bits. Give every sequence its own: rows of equal logits, seed and position draw the
+            same token.
         position: 64 bits; the number of the step.
         positive_rows: which row of ``positive`` belongs to each output row, so that one (2B, V)
             tensor can serve as positive and as negative.
@@ -296,8 +299,8 @@ def linear_contrastive_logp(
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
     hidden = _contrasted_hidden(positive, negative, alpha)
-    dtype = head_inputs.compute_dtype(positive, linear_weight, linear_bias)
-    choose("linear_contrastive_logp", positive.device.type, dtype, impl)
+    head = head_inputs.check_head(hidden, linear_weight, linear_bias, target, "positive")
+    choose("linear_contrastive_logp", positive.device.type, head.compute_dtype, impl)
     return token_loss.linear_logp(
         hidden, linear_weight, target, linear_bias=linear_bias, temperature=temperature,
         logit_scale=logit_scale, ignore_index=ignore_index, impl=impl, options=options,
@@ -360,7 +363,7 @@ def linear_contrastive_sample(
     if not logit_scale > 0.0:
         raise bad("logit_scale", "positive", logit_scale, "fold its sign into the head")
     row = torch.zeros((), dtype=torch.int64, device=hidden.device).expand(hidden.shape[:1])
-    head = head_inputs.check_head(hidden, linear_weight, linear_bias, row)
+    head = head_inputs.check_head(hidden, linear_weight, linear_bias, row, "positive")
     filters = inputs.check_filters(
         {"plausibility": plausibility, "temperature": temperature, "top_k": top_k, "top_p": top_p,
          "min_p": min_p, "seed": seed, "position": position},

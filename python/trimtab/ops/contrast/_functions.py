@@ -74,7 +74,8 @@ class ContrastiveLogits(torch.autograd.Function):
         out = torch.ops.trimtab.contrastive_logits.default(
             positive, negative, anchor, *alpha, *log_beta, impl
         )
-        ctx.save_for_backward(out, alpha.rows)
+        # The mask, not the rows: those a caller may change in place.
+        ctx.save_for_backward(out == -torch.inf if any(needs) else None, alpha.rows)
         ctx.alpha, ctx.has_anchor = alpha.number, anchor is not None
         ctx.needs, ctx.dtype = needs, positive.dtype
         return out
@@ -82,9 +83,9 @@ class ContrastiveLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         """Elementwise; a token at -inf has no gradient."""
-        out, rows = ctx.saved_tensors
+        masked, rows = ctx.saved_tensors
         alpha = ctx.alpha if rows is None else rows.unsqueeze(-1)
-        grad = upstream.masked_fill(out == -torch.inf, 0.0)
+        grad = upstream.masked_fill(masked, 0.0)
         factors = (alpha if ctx.has_anchor else 1.0 + alpha, -alpha, 1.0)
         grads = [
             (grad * factor).to(ctx.dtype) if need else None

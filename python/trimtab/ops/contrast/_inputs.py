@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -73,8 +74,6 @@ class Filters(NamedTuple):
 def check_rows(positive: Tensor, negative: Tensor, anchor: Tensor | None) -> Rows:
     """Rows of one shape, device and dtype; flattens the leading dimensions."""
     check_tensors(positive, negative)
-    if positive.dim() < 1:
-        raise bad("positive", "of shape (..., V)", tuple(positive.shape), "one row is logits[None]")
     for name, rows in (("negative", negative), ("anchor", anchor)):
         if rows is None:
             continue
@@ -88,12 +87,18 @@ def check_rows(positive: Tensor, negative: Tensor, anchor: Tensor | None) -> Row
 
 def check_tensors(positive: Tensor, negative: object) -> None:
     """Both sides of the contrast are there."""
+    if not isinstance(positive, Tensor):
+        raise TypeError(
+            f"positive must be a torch tensor, got {type(positive).__name__}; use torch.as_tensor"
+        )
     if not isinstance(negative, Tensor):
         raise TypeError(
-            f"negative must be a tensor, got {type(negative).__name__}; without a contrast pass "
-            "positive twice"
+            f"negative must be a torch tensor, got {type(negative).__name__}; without a contrast "
+            "pass positive twice"
         )
     check_floating("positive", positive)
+    if positive.dim() < 1:
+        raise bad("positive", "of shape (..., V)", tuple(positive.shape), "one row is logits[None]")
 
 
 def check_same_dtype(name: str, rows: Tensor, positive: Tensor) -> None:
@@ -126,6 +131,8 @@ def check_row_map(name: str, rows: Tensor | None, of: Tensor, like: Tensor) -> T
     """Which row of a tensor belongs to each output row, as int64."""
     if rows is None:
         return None
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}; use torch.tensor")
     if rows.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {rows.dtype}; use {name}.long()")
     if rows.dim() != 1:
@@ -200,8 +207,9 @@ def per_row(
         transform: from what is given to what the operators take, before rounding.
     """
     integral = dtype == torch.int64
-    kinds = (int,) if integral else (int, float)
     if not isinstance(value, Tensor):
+        # NumPy's scalars are registered with `numbers`; torch.compile knows Python's own.
+        kinds = (int, numbers.Integral) if integral else (int, float, numbers.Real)
         if isinstance(value, bool) or not isinstance(value, kinds):
             wanted = "an integer" if integral else "a number"
             raise TypeError(
@@ -210,12 +218,15 @@ def per_row(
             )
         if not fits(value):
             raise bad(name, expected, value, "see the argument's documentation")
+        value = int(value) if integral else float(value)  # type: ignore[call-overload, arg-type]
         if transform is None:
             return PerRow(value)
         return PerRow(transform.number(value))
     if value.requires_grad:
         raise bad(name, "without gradient", "requires_grad=True", f"use {name}.detach()")
-    if integral and (value.dtype.is_floating_point or value.dtype == torch.bool):
+    if value.dtype == torch.bool or value.dtype.is_complex:
+        raise TypeError(f"{name} must be a tensor of real numbers, got {value.dtype}; cast it")
+    if integral and value.dtype.is_floating_point:
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}; use {name}.long()")
     if value.dim() > 0 and value.shape != shape:
         raise bad(name, f"a number or of shape {tuple(shape)}", tuple(value.shape), "one per row")
@@ -231,7 +242,11 @@ def per_row(
 
 def check_alpha(alpha: object, shape: torch.Size, like: Tensor) -> PerRow:
     """The weight of the contrast: any finite number."""
-    return per_row("alpha", alpha, shape, like, "finite", lambda x: (x > -_INF) & (x < _INF))
+    most = torch.finfo(result_dtype(like.dtype)).max
+    return per_row(
+        "alpha", alpha, shape, like, f"finite in {result_dtype(like.dtype)}",
+        lambda x: (x >= -most) & (x <= most),
+    )  # fmt: skip
 
 
 def check_plausibility(beta: object, shape: torch.Size, like: Tensor) -> PerRow:
@@ -244,8 +259,15 @@ def check_plausibility(beta: object, shape: torch.Size, like: Tensor) -> PerRow:
 
 def check_temperature(temperature: object, shape: torch.Size, like: Tensor) -> PerRow:
     """Positive: log-probabilities have no limit at 0."""
+    least, most = normal_range(like)
     return per_row("temperature", temperature, shape, like, "positive and finite",
-                   lambda x: (x > 0) & (x < _INF))  # fmt: skip
+                   lambda x: (x >= least) & (x <= most))  # fmt: skip
+
+
+def normal_range(like: Tensor) -> tuple[float, float]:
+    """The smallest and the largest temperature that the result's dtype holds as a normal number."""
+    info = torch.finfo(result_dtype(like.dtype))
+    return info.tiny, info.max
 
 
 def check_filters(arguments: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Filters:
@@ -258,6 +280,7 @@ def check_filters(arguments: Mapping[str, Any], shape: torch.Size, like: Tensor)
         return per_row(name, value, shape, like, expected, fits, **how)
 
     whole: dict[str, Any] = {"dtype": torch.int64}
+    least, most = normal_range(like)
     seed, position = (
         per_row(name, arguments[name], shape, like, "of 64 bits",
                 lambda x: (x >= -(2**63)) & (x <= 2**63 - 1), **whole)
@@ -266,8 +289,9 @@ def check_filters(arguments: Mapping[str, Any], shape: torch.Size, like: Tensor)
     return Filters(
         check_plausibility(arguments["plausibility"], shape, like),
         per_row("temperature", arguments["temperature"], shape, like, "0 for greedy, or positive",
-                lambda x: (x >= 0) & (x < _INF)),
-        check("top_k", 0, "positive, or 0 for none", lambda x: x >= 0, **whole),
+                lambda x: (x == 0) | (x >= least) & (x <= most)),
+        check("top_k", 0, "positive, or 0 for none", lambda x: (x >= 0) & (x <= 2**63 - 1),
+              **whole),
         check("top_p", -1.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), transform=_TAIL),
         check("min_p", -_INF, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), transform=_LOG),
         seed,

@@ -82,8 +82,17 @@ def check_options(options: object) -> TokenLossOptions:
     return options
 
 
-def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Head:
-    """Shapes, devices and dtypes of a linear head's arguments; flattens the leading dimensions."""
+def check_head(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, name: str = "input"
+) -> Head:
+    """Shapes, devices and dtypes of a linear head's arguments; flattens the leading dimensions.
+
+    ``name`` is what the operator calls its hidden states.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"linear_weight must be a tensor, got {type(weight).__name__}; pass the head's weight"
+        )
     if weight.dim() != 2:
         raise bad("linear_weight", "of shape (V, D)", tuple(weight.shape),
                   "pass the head's weight as nn.Linear stores it")  # fmt: skip
@@ -91,7 +100,7 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
         raise bad("linear_weight", "non-empty", tuple(weight.shape),
                   "a sharded (ZeRO-3, FSDP) weight has to be gathered first")  # fmt: skip
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
-        raise bad("input", f"of shape (..., {weight.shape[1]})", tuple(input.shape),
+        raise bad(name, f"of shape (..., {weight.shape[1]})", tuple(input.shape),
                   "check which hidden states belong to this head")  # fmt: skip
     check_target(target, input.shape[:-1])
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -101,15 +110,17 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
             tuple(bias.shape),
             "one number per class",
         )
-    check_devices(input, {"linear_weight": weight, "target": target, "linear_bias": bias})
-    dtype = compute_dtype(input, weight, bias)
+    check_devices(input, {"linear_weight": weight, "target": target, "linear_bias": bias}, name)
+    dtype = compute_dtype(input, weight, bias, name)
     flat = input.reshape(-1, input.shape[-1])
     return Head(flat, weight, bias, target.reshape(-1), dtype, target.shape)
 
 
-def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+def compute_dtype(
+    input: Tensor, weight: Tensor, bias: Tensor | None, name_of_input: str = "input"
+) -> torch.dtype:
     """Dtype of the products: autocast's if it is on, as for ``F.linear``; else the common one."""
-    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+    for name, tensor in ((name_of_input, input), ("linear_weight", weight), ("linear_bias", bias)):
         if tensor is not None:
             check_floating(name, tensor)
     device = input.device.type
@@ -118,8 +129,8 @@ def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.d
     for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype:
             raise TypeError(
-                f"{name} must be {input.dtype} as input is, got {tensor.dtype}; cast one of them, "
-                "or run under torch.autocast"
+                f"{name} must be {input.dtype} as {name_of_input} is, got {tensor.dtype}; cast one "
+                "of them, or run under torch.autocast"
             )
     return input.dtype
 
@@ -212,13 +223,14 @@ def check_token_weight(token_weight: Tensor | None, target: Tensor) -> int | Non
 def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | None:
     """``1 / temperature`` per token, (N,) in the result's dtype; None for a temperature of 1."""
     dtype = result_dtype(head.compute_dtype)
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
     if not isinstance(temperature, Tensor):
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise TypeError(
                 f"temperature must be a number or a tensor, got {type(temperature).__name__}; "
                 "one number for all tokens, or a tensor with one per token"
             )
-        if not 0.0 < temperature < math.inf:
+        if not least <= temperature <= most:
             raise bad(
                 "temperature",
                 "positive and finite",
@@ -240,7 +252,7 @@ def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | Non
         raise bad("temperature", f"a number or of shape {shape}", tuple(temperature.shape),
                   "one temperature per token")  # fmt: skip
     if looks_at_values(temperature) and bool(
-        (~((temperature > 0) & (temperature < math.inf))).any()
+        (~((temperature >= least) & (temperature <= most))).any()
     ):
         raise bad("temperature", "positive and finite everywhere", temperature.tolist(), "clamp it")
     return temperature.to(dtype).reciprocal().expand(head.shape).reshape(-1)

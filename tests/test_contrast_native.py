@@ -241,7 +241,8 @@ def test_hostile_rows(options, poison):
     for v in SIZES:
         hostile = torch.stack(list(shapes_of_rows(v).values()))
         seeds = torch.arange(len(hostile)) + v
-        compared += compare(hostile, alpha=0.7, seed=seeds, position=v, **options)
+        # A contrast would add 0.0 to -0.0.
+        compared += compare(hostile, alpha=0.0, seed=seeds, position=v, **options)
     assert compared > 0.6 * len(SIZES) * len(HOSTILE)
 
 
@@ -323,6 +324,20 @@ def test_a_row_map_out_of_range_is_a_bad_row(bad, which):
     for ours, expected in zip((token, logp, kept), clean, strict=True):
         assert torch.equal(ours[::2], expected[::2])
     assert 77 not in [*token.tolist(), *kept.tolist()]
+
+
+def test_nan_in_an_anchor_that_serves_the_mask_alone():
+    """Without a negative row z is the positive row, which does not show the NaN."""
+    p, a = rows(3, 600).logits(torch.float32, 2)
+    a[1, 555] = math.nan
+    for log_beta in (-INF, math.log(0.1)):
+        token, logp = torch.full((3,), 77), torch.full((3,), 77.0)
+        torch.ops.trimtab.contrastive_sample_rows(
+            p, None, a, None, None, None, 0.0, None, log_beta, None, 1.0, None, 0, None, -1.0, None,
+            -INF, None, 3, None, 4, None, token, logp, torch.zeros_like(token),
+        )  # fmt: skip
+        assert (token == -1).tolist() == [False, True, False]
+        assert logp.isnan().tolist() == [False, True, False]
 
 
 def test_nothing_to_do():
@@ -426,6 +441,26 @@ def test_confident_rows_keep_their_digits():
     torch.testing.assert_close(logp.detach().double(), -rest.log1p(), rtol=1e-6, atol=0)
     logp.sum().backward()
     torch.testing.assert_close(p.grad[:, 321].double(), rest / (1 + rest), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("anchored", [False, True], ids=["", "anchor"])
+def test_gradient_of_a_masked_target(anchored):
+    """A token at -inf in the anchor has no gradient, not even as the target."""
+    p, n, a = rows(3, 300).logits(torch.float32)
+    (a if anchored else p)[:, 7] = -INF
+    leaves = [t.requires_grad_() for t in (p, n, a)[: 3 if anchored else 2]]
+
+    def grads(impl):
+        logp = trimtab.contrastive_logp(
+            *leaves[:2], torch.tensor([7, 8, 7]), alpha=0.5, impl=impl,
+            anchor=a if anchored else None,
+        )  # fmt: skip
+        assert torch.equal(logp == -INF, torch.tensor([True, False, True]))
+        return torch.autograd.grad(logp.sum(), leaves)
+
+    for ours, expected in zip(grads("native"), grads("reference"), strict=True):
+        assert (ours[:, 7] == 0).all()
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_threads_change_nothing():

@@ -35,6 +35,15 @@ void store_lanes(Element* to, VectorOf<Element> x, int64_t count) {
   copy_elements(padded, to, count);
 }
 
+// Calls f(vector of elements, index of the first, mask of the lanes that exist) over [begin, end).
+template <class Element, class F>
+void sweep(const Element* row, int64_t begin, int64_t end, F&& f) {
+  using L = Lanes<RealOf<Element>>;
+  int64_t v = begin;
+  for (; v + L::width <= end; v += L::width) f(L::load(row + v), v, L::all());
+  if (v < end) f(load_lanes(row + v, end - v), v, L::first(end - v));
+}
+
 // A sum in float64; of float64 numbers, with what each addition rounds away kept beside it.
 template <class Real>
 struct WideSum;

@@ -8,15 +8,12 @@
 #include <type_traits>
 
 #include "common/token_loss.h"
-#include "cpu/simd.h"
+#include "cpu/sweep.h"
 #include "cpu/token_loss_rows.h"
 
 namespace trimtab {
 namespace TRIMTAB_ISA {
 namespace {
-
-template <class Element>
-using RealOf = typename Accumulate<Element>::type;
 
 // A sum in two levels, so that its error grows with the square root of the length at most.
 template <class Real>
@@ -33,38 +30,6 @@ struct LongSum {
     return L::sum(total);
   }
 };
-
-template <class Element>
-void copy_elements(const Element* from, Element* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-}
-
-template <class Element>
-typename Lanes<RealOf<Element>>::Vector load_lanes(const Element* from, int64_t count) {
-  using L = Lanes<RealOf<Element>>;
-  if (count >= L::width) return L::load(from);
-  Element padded[L::width] = {};
-  copy_elements(from, padded, count);
-  return L::load(padded);
-}
-
-// Calls f(vector of elements, index of the first, mask of the lanes that exist) over [begin, end).
-template <class Element, class F>
-void sweep(const Element* row, int64_t begin, int64_t end, F&& f) {
-  using L = Lanes<RealOf<Element>>;
-  int64_t v = begin;
-  for (; v + L::width <= end; v += L::width) f(L::load(row + v), v, L::all());
-  if (v < end) f(load_lanes(row + v, end - v), v, L::first(end - v));
-}
-
-template <class Element, class Vector>
-void store_lanes(Element* to, Vector x, int64_t count) {
-  using L = Lanes<RealOf<Element>>;
-  if (count >= L::width) return L::store(to, x);
-  Element padded[L::width];
-  L::store(padded, x);
-  copy_elements(padded, to, count);
-}
 
 // One row of numbers per thread.
 template <class Real>

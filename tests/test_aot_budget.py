@@ -1,28 +1,19 @@
-"""Every Triton kernel, compiled for three GPUs without one: registers, spills, wide loads.
+"""The kernels of the token loss, compiled for three GPUs: registers, spills, wide loads.
 
-Triton's decorator yields interpreted functions where ``TRITON_INTERPRET=1`` is set, so one child
-process without it compiles everything (this file, run as a script) and answers in JSON.
+A child process compiles them all (this file, run as a script).
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import itertools
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-CAPABILITIES = [80, 90, 100]
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-VOCAB = 128256
+import aot
 
 
 class Variant(NamedTuple):
@@ -74,22 +65,12 @@ SPILLED_ELSEWHERE = 16
 OPTIONAL = {"coef_ptr", "class_weight_ptr", "grad_ptr", *ALL_UPSTREAM}
 
 
-def cuobjdump() -> Path:
-    triton = pytest.importorskip("triton")
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def compile_variant(variant: Variant, dtype: torch.dtype, capability: int) -> Any:
-    """Compiled as a launch would."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compile_variant(name: str, dtype: torch.dtype, capability: int) -> Any:
     from trimtab.triton_kernels.token_loss import logp, loss
 
-    kernel = getattr(loss if variant.kernel == "loss_kernel" else logp, variant.kernel)
+    variant = VARIANTS[name]
     shape = config().launch_config(
-        VOCAB,
+        aot.VOCAB,
         dtype,
         (capability // 10, 0),
         rereads="grad_ptr" in variant.pointers,
@@ -103,96 +84,31 @@ def compile_variant(variant: Variant, dtype: torch.dtype, capability: int) -> An
         "VEC": shape.vec,
         **dict.fromkeys(OPTIONAL - set(variant.pointers)),
     }
-    element = {"logits_ptr": DTYPES[dtype], "grad_ptr": DTYPES[dtype]}
+    element = dict.fromkeys(("logits_ptr", "grad_ptr"), aot.DTYPES[dtype])
     element |= {"target_ptr": "i64", "predicted_ptr": "i64"}
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + element.get(name, "fp32")
-            aligned[(place,)] = [["tt.divisibility", 16]]
-        elif name == "V" or name.endswith("_stride"):
-            signature[name] = "i32"
-            if variant.sixteens:
-                aligned[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32" if name == "ignore_index" else "fp32"
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={name: value for name, value in constants.items() if name in signature},
-        attrs=aligned,
+    return aot.compile_kernel(
+        getattr(loss if variant.kernel == "loss_kernel" else logp, variant.kernel),
+        constants,
+        element,
+        ("ignore_index",),
+        shape,
+        capability,
+        sixteens=variant.sixteens,
     )
-    options = {
-        "num_warps": shape.num_warps,
-        "num_stages": shape.num_stages,
-        "enable_fp_fusion": False,
-    }
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def measure(compiled: Any, dump: Path) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [dump, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-
-    def count(pattern: str, code: str = "ptx") -> int:
-        return len(re.findall(pattern, compiled.asm[code]))
-
-    row = re.search(r"(%\w+) = tt\.get_program_id", compiled.asm["ttir"])[1]
-    return {
-        "registers": used["REG"],
-        "spilled": used["STACK"] + used["LOCAL"],
-        "shared": compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps,
-        "wide loads": count(r"\bld\.global\S*\.v4\.b32"),
-        "wide stores": count(r"\bst\.global\S*\.v4\.b32"),
-        "uses of a row": count(rf"{row}\b", "ttir") - 1,
-        "uses of a row in 64 bits": count(rf"arith\.extsi {row} : i32 to i64", "ttir"),
-        "doubles": count(r"\.f64\b"),
-        "exponentials": count(r"\bex2\.approx\.ftz\.f32"),
-        "slow exponentials": count(r"\bex2\.approx\.f32"),
-    }
-
-
-def main() -> None:
-    import triton
-
-    dump = cuobjdump()
-    usage = [
-        [name, str(dtype), capability, measure(compile_variant(variant, dtype, capability), dump)]
-        for name, variant in VARIANTS.items()
-        for dtype in DTYPES
-        for capability in CAPABILITIES
-    ]
-    json.dump({"triton": triton.__version__, "usage": usage}, sys.stdout)
 
 
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if not cuobjdump().exists():
-        pytest.skip(f"this Triton comes without {cuobjdump().name}, which reads the registers")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, __file__]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    return aot.ask(__file__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_budget(answer: dict[str, Any], name: str, dtype: torch.dtype):
     exact = answer["triton"] == MEASURED_WITH
     registers = REGISTERS[name][dtype.itemsize == 2] + HEADROOM if exact else REGISTERS_ELSEWHERE
-    usages = [usage for one, d, _, usage in answer["usage"] if (one, d) == (name, str(dtype))]
-    assert len(usages) == len(CAPABILITIES)
-    for capability, usage in zip(CAPABILITIES, usages, strict=True):
+    for capability, usage in aot.usages(answer, name, dtype):
         where = f"sm_{capability}: {usage}"
         assert usage["registers"] <= registers, where
         assert usage["spilled"] <= (0 if exact else SPILLED_ELSEWHERE), where
@@ -210,12 +126,12 @@ def test_loads_and_stores_are_16_bytes_wide(answer: dict[str, Any], name: str):
     """Two steps of each pass in the branch without masks, and in the other where V allows it."""
     variant = VARIANTS[name]
     each = 4 if variant.sixteens else 2
-    for one, _, capability, usage in answer["usage"]:
-        if one == name and variant.aligned:
+    for capability, usage in aot.usages(answer, name):
+        if variant.aligned:
             written = each * ("grad_ptr" in variant.pointers)
             assert usage["wide loads"] >= each + written, f"sm_{capability}: {usage}"
             assert usage["wide stores"] >= written, f"sm_{capability}: {usage}"
-        elif one == name:
+        else:
             assert usage["wide loads"] == usage["wide stores"] == 0, f"sm_{capability}: {usage}"
 
 
@@ -224,7 +140,7 @@ def config() -> ModuleType:
     return importlib.import_module("trimtab.triton_kernels.token_loss.config")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
 def test_launch_config(capability: tuple[int, int], dtype: torch.dtype):
     launch_config = config().launch_config
@@ -247,7 +163,7 @@ def test_launch_config(capability: tuple[int, int], dtype: torch.dtype):
     assert short.num_warps < long.num_warps
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
 def test_wide_loads_only_where_all_rows_are_aligned(dtype: torch.dtype):
     options, vec = config().options, 16 // dtype.itemsize
     room = torch.empty(4, 256, dtype=dtype)
@@ -260,4 +176,4 @@ def test_wide_loads_only_where_all_rows_are_aligned(dtype: torch.dtype):
 
 
 if __name__ == "__main__":
-    main()
+    aot.report(itertools.product(VARIANTS, aot.DTYPES, aot.CAPABILITIES), compile_variant)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from ..common import capability
 
 # L2 bytes for each multiprocessor, by major capability: A100, H100 and H200, B200.
 _L2_SHARE = {8: 40 * 2**20 // 108, 9: 50 * 2**20 // 132, 10: 126 * 2**20 // 148}
@@ -60,16 +60,6 @@ def launch_config(
     return Config(steps, 32 * num_warps, vec, num_warps, num_stages=1)
 
 
-@functools.lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes ``device`` current: Triton launches there, whatever device its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def options(
     logits: Tensor,  # (N, V)
     grad: Tensor | None,  # (N, V)
@@ -81,7 +71,7 @@ def options(
     config = launch_config(
         logits.shape[1],
         logits.dtype,
-        _capability(logits.device),
+        capability(logits.device),
         rereads=grad is not None,
         aligned=all(
             rows.data_ptr() % 16 == 0 and rows.stride(0) % vec == 0

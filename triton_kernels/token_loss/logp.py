@@ -8,16 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on, options
-from .row import (
-    FLOOR,
-    LOWEST,
-    exp,
-    fill_row,
-    first_maximum,
-    read_row,
-    write_gradient,
-)
+from ..common import FLOOR, LOWEST, exp, on
+from .config import options
+from .row import fill_row, first_maximum, read_row, write_gradient
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

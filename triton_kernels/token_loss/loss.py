@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on, options
-from .row import exp, fill_row, read_row, write_gradient
+from ..common import exp, on
+from .config import options
+from .row import fill_row, read_row, write_gradient
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

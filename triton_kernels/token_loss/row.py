@@ -7,28 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Lowest finite float32: a difference with it is not NaN, and a logit masked with it still counts.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Its exp is 0 in float32, and 0 times it is 0. With -inf that product is NaN.
-FLOOR = tl.constexpr(-1.0e4)
-
-
-@triton.jit
-def exp(x):
-    """``exp(x)``; 0 under 2^-126, which tl.exp spends three instructions more on."""
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
-def _log1p(x):
-    """``log(1 + x)`` for x >= 0, where ``1 + x`` alone would lose x."""
-    # 2 artanh(x / (2 + x)), a minimax fit for x <= 0.5 with relative error 2.3e-11.
-    s = x / (2.0 + x)
-    y = s * s
-    series = tl.fma(y, 0.12048611, 0.14253614)
-    series = tl.fma(y, series, 0.20000429)
-    series = tl.fma(y, series, 0.33333332)
-    return tl.where(x <= 0.5, 2.0 * tl.fma(s * y, series, s), tl.log(1.0 + x))
+from ..common import FLOOR, LOWEST, exp, log1p, sum_in_lanes, tile_index
 
 
 @triton.jit
@@ -58,14 +37,6 @@ def _bend(raw, slope, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _index(tile, STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Indices of a tile, (STEPS, LANES, VEC): a step is one wide load of the whole program."""
-    step = tl.arange(0, STEPS)[:, None, None] * (LANES * VEC)
-    lane = tl.arange(0, LANES)[None, :, None] * VEC
-    return tile * (STEPS * LANES * VEC) + step + lane + tl.arange(0, VEC)[None, None, :]
-
-
-@triton.jit
 def _load(ptr, index, V, EDGE: tl.constexpr, EVICT: tl.constexpr):
     # Under a mask the load would be wide only where V is a multiple of 16.
     if EDGE:
@@ -73,12 +44,6 @@ def _load(ptr, index, V, EDGE: tl.constexpr, EVICT: tl.constexpr):
     else:
         x = tl.load(ptr + index, eviction_policy=EVICT)
     return x.to(tl.float32)
-
-
-@triton.jit
-def _lane_sum(x):
-    """(STEPS, LANES, VEC) to (LANES,), without leaving the thread."""
-    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
@@ -90,7 +55,7 @@ def _fold(
     STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The lanes' running values with one tile more; an edge holds the target or the row's end."""
-    index = _index(tile, STEPS, LANES, VEC)
+    index = tile_index(tile, STEPS, LANES, VEC)
     u = _bend(_load(row_ptr, index, V, EDGE, EVICT), slope, HAS_SOFTCAP)[0]
     z = u * scale
     if EDGE:
@@ -107,17 +72,17 @@ def _fold(
         e = tl.where((index < V) & (index != y), e, 0.0)
     if HAS_ENTROPY:
         moved = lane_sum * (rescale * shift)
-        lane_moment = tl.fma(lane_moment, rescale, moved) + _lane_sum(e * tl.maximum(d, FLOOR))
-    lane_sum = tl.fma(lane_sum, rescale, _lane_sum(e))
+        lane_moment = tl.fma(lane_moment, rescale, moved) + sum_in_lanes(e * tl.maximum(d, FLOOR))
+    lane_sum = tl.fma(lane_sum, rescale, sum_in_lanes(e))
     if HAS_SMOOTHING:
         shifted = tl.fma(u, scale, -origin)
         if EDGE:
             shifted = tl.where(index < V, shifted, 0.0)
         if class_weight_ptr is not None:
             w = _load(class_weight_ptr, index, V, EDGE, "evict_last")
-            lane_weight += _lane_sum(w)
+            lane_weight += sum_in_lanes(w)
             shifted *= w
-        lane_logits += _lane_sum(shifted)
+        lane_logits += sum_in_lanes(shifted)
     return new_max, lane_sum, lane_moment, lane_weight, lane_logits, lane_tile
 
 
@@ -167,7 +132,7 @@ def read_row(
     s_y = tl.fma(u_y, scale, -m)
     e_y = exp(s_y)
     total = rest + e_y
-    nll = tl.where(rest < e_y, _log1p(rest / e_y), tl.log(total) - s_y)
+    nll = tl.where(rest < e_y, log1p(rest / e_y), tl.log(total) - s_y)
     log_total = tl.where(rest < e_y, nll + s_y, tl.log(total))
     entropy = 0.0
     if HAS_ENTROPY:
@@ -197,7 +162,7 @@ def first_maximum(
     at = tl.full([], 0, tl.int32) + V
     nan_at = tl.full([], 0, tl.int32) + V
     for tile in range(first_tile, last_tile + 1):
-        index = _index(tile, STEPS, LANES, VEC)
+        index = tile_index(tile, STEPS, LANES, VEC)
         inside = index < V
         z = _bend(_load(row_ptr, index, V, True, EVICT), slope, HAS_SOFTCAP)[0] * scale
         nan_at = tl.minimum(nan_at, tl.min(tl.where(inside & (z != z), index, V)))
@@ -216,7 +181,7 @@ def _write_tile(
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    index = _index(tile, STEPS, LANES, VEC)
+    index = tile_index(tile, STEPS, LANES, VEC)
     u, du = _bend(_load(row_ptr, index, V, EDGE, "evict_first"), slope, HAS_SOFTCAP)
     d = tl.fma(u, scale, -m)
     g = exp(d)
@@ -279,6 +244,6 @@ def fill_row(
 ):  # fmt: skip
     """Writes ``value`` all over a row."""
     for tile in range(tl.cdiv(V, STEPS * LANES * VEC)):
-        index = _index(tile, STEPS, LANES, VEC)
+        index = tile_index(tile, STEPS, LANES, VEC)
         filler = tl.zeros((STEPS, LANES, VEC), tl.float32) + value
         tl.store(ptr + index, filler.to(ptr.dtype.element_ty), mask=index < V)

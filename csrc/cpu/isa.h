@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+
+#include "common/dtype.h"
 
 namespace trimtab {
 
@@ -29,5 +32,18 @@ const Table& table_for_this_processor(const Table& generic, const Table& avx2,
   return generic;
 }
 #endif
+
+// The functions of a family's table for one type of element.
+template <class Element, class Table>
+const auto& functions_of(const Table& table) {
+  if constexpr (std::is_same_v<Element, float>)
+    return table.float32;
+  else if constexpr (std::is_same_v<Element, double>)
+    return table.float64;
+  else if constexpr (std::is_same_v<Element, BFloat16>)
+    return table.bfloat16;
+  else
+    return table.float16;
+}
 
 }  // namespace trimtab

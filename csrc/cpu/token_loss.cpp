@@ -18,14 +18,7 @@ const RowTable& rows_for_this_processor() {
 template <class Element>
 const RowFunctions<Element>& functions() {
   static const RowTable& table = rows_for_this_processor();
-  if constexpr (std::is_same_v<Element, float>)
-    return table.float32;
-  else if constexpr (std::is_same_v<Element, double>)
-    return table.float64;
-  else if constexpr (std::is_same_v<Element, BFloat16>)
-    return table.bfloat16;
-  else
-    return table.float16;
+  return functions_of<Element>(table);
 }
 
 // A thread gets at least this many elements: below, starting it costs more than it does.

@@ -366,8 +366,8 @@ def test_bounds_at_the_ends_of_the_number_line_are_found(case):
     logits[0, :256], logits[0, 512:], logits[0, 300:302] = -1.59e38, -3e38, 3e38
     most = torch.finfo(torch.float32).max
     both_ends = torch.tensor([[most, -most]], device=case.device)
-    for rows, top_k, kept in ((logits, 2, 2), (both_ends, 1, 1), (both_ends, 2, 2)):
-        drawn = trimtab.contrastive_sample(rows, rows, alpha=0.0, top_k=top_k, impl=case.impl)
+    for given, top_k, kept in ((logits, 2, 2), (both_ends, 1, 1), (both_ends, 2, 2)):
+        drawn = trimtab.contrastive_sample(given, given, alpha=0.0, top_k=top_k, impl=case.impl)
         assert drawn.kept.tolist() == [kept]
 
 

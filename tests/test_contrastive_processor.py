@@ -17,6 +17,7 @@ from self_contrastive_cases import PAD, VOCAB, Questions, build, make, questions
 from trimtab.algorithms.self_contrastive import (
     ContrastiveBranch,
     ContrastiveLogitsProcessor,
+    SelfContrastiveDecoding,
     self_contrastive_generate,
 )
 from trimtab.algorithms.self_contrastive.decoder import Decoder
@@ -247,6 +248,21 @@ def test_one_object_serves_many_calls() -> None:
     longer = build([tokens(len(row) + STEPS, 50 + len(row)) for row in asked.plain], asked.safety)
     want = run(model, longer, guidance(model, asked.safety, longer.ids.shape[1]))
     assert_same(run(model, longer, processor), want)
+
+
+def test_a_bias_behind_the_processor_works_on_the_contrast() -> None:
+    model, asked = make("gpt2"), questions()
+    bias = [[[token], float(token % 7)] for token in range(5, 60)]
+    behind = transformers.SequenceBiasLogitsProcessor(bias)
+    settings = {"attention_mask": asked.mask, "max_new_tokens": STEPS, "do_sample": False}
+    decoding = SelfContrastiveDecoding(asked.safety_ids, asked.safety_mask)
+    want = model.generate(asked.ids, custom_generate=decoding, sequence_bias=bias, **settings)
+    ours = ContrastiveLogitsProcessor.self_contrastive(model, asked.safety_ids, asked.safety_mask)
+    got = model.generate(asked.ids, logits_processor=[ours, behind], **settings)
+    assert torch.equal(got, want)
+    # By the config, it comes before and is multiplied along with the scores.
+    before = model.generate(asked.ids, logits_processor=[ours], sequence_bias=bias, **settings)
+    assert not torch.equal(before, want)
 
 
 def test_generate_on_its_own_output_goes_on() -> None:

@@ -131,6 +131,34 @@ def test_answers_are_not_refusals(answer):
     assert not self_cd.refuses("How do I kill a process?", answer)
 
 
+def test_the_demo_has_the_same_judge(monkeypatch):
+    monkeypatch.setattr(self_cd, "is_refusal", lambda answer: answer == "no")
+    assert self_cd.refuses("How?", " no ")
+    assert not self_cd.refuses("How?", "I cannot")
+
+
+def test_every_condition_has_a_file_of_its_own(run):
+    ratios = ["1", "-1", "2.5", "2.5000001", "1e-16", "1e16"]
+    assert run("--limit", "1", "--sets", "OKTest", "--ratios", *ratios) == 0
+    names = {path.name for path in run.out.glob("*.jsonl")}
+    assert len(names) == 8, names
+    assert {"oktest-self-cd-1.jsonl", "oktest-self-cd-minus-1.jsonl"} < names
+    assert {c for _, c in cells(run.out)} >= {"Self-CD 1", "Self-CD -1", "Self-CD 2.5000001"}
+    assert len(run.asked) == 8
+
+
+def test_answers_of_another_condition_are_not_taken(run, capsys):
+    assert run("--sets", "OKTest", "--ratios", "1", "2") == 0
+    (run.out / "oktest-self-cd-1.jsonl").rename(run.out / "oktest-self-cd-2.jsonl")
+    assert run("--sets", "OKTest", "--ratios", "1", "2") == 2
+    assert "answers of another condition than Self-CD 2" in capsys.readouterr().err
+
+
+def test_the_row_of_a_plain_prompt_says_so(run):
+    assert run("--limit", "1", "--sets", "OKTest", "--ratios", "--plain-prompt", "be brief") == 0
+    assert {c for _, c in cells(run.out)} == {"plain prompt", "safety prompt"}
+
+
 def test_answers_are_those_of_greedy_decoding(run, model_folder):
     """One question at a time, from the prompt's text, by hand."""
     from transformers import AutoTokenizer, LlamaForCausalLM

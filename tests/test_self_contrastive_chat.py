@@ -89,6 +89,17 @@ def test_a_template_that_passes_over_the_system_message() -> None:
     assert texts(tok, inputs)[0][1] == "<s> [INST] be kind and how do i kill a process ? [/INST]"
 
 
+def test_the_template_decides_whether_there_is_a_system_role_not_the_words() -> None:
+    # The question has the prompt's words, and the template passes over the system message.
+    tok = tokenizer(PASSES_OVER)
+    inputs = self_contrastive_inputs(tok, ASK, safety_prompt="a process")
+    assert texts(tok, inputs)[0][1] == "<s> [INST] a process how do i kill a process ? [/INST]"
+    # The system message is there, in other letters.
+    tok = tokenizer(WITH_SYSTEM.replace("m['content']", "m['content'] | lower"))
+    inputs = self_contrastive_inputs(tok, ASK, safety_prompt="BE kind")
+    assert texts(tok, inputs)[0][1].startswith("<s> <system> be kind <user> how")
+
+
 @pytest.mark.parametrize("template", [WITH_SYSTEM, REFUSES, PASSES_OVER])
 def test_a_system_message_of_the_chats_own_stays(template: str) -> None:
     tok = tokenizer(template)
@@ -152,9 +163,39 @@ def test_arguments_of_the_template_are_handed_on() -> None:
     [
         (ValueError, "messages must be a chat or several, got none", []),
         (ValueError, "messages must have a user message", [{"role": "assistant", "content": "a"}]),
+        (TypeError, "messages must be a list of messages or of chats, got str", "how ?"),
+        (TypeError, "messages must be a list of messages or of chats, got NoneType", None),
+        (TypeError, "messages must be one chat or a list of chats, got a str", ["how ?", "why ?"]),
+        (TypeError, "messages must be one chat or a list of chats, got a dict", [ASK, ASK[0]]),
+        (TypeError, "messages must be of .* got a list", [ASK[0], ASK]),
         (TypeError, "messages must have text .* got a list", [{"role": "user", "content": ["a"]}]),
     ],
 )
 def test_errors(error: type[Exception], match: str, messages: Any) -> None:
     with pytest.raises(error, match=match):
         self_contrastive_inputs(tokenizer(REFUSES), messages, plain_prompt="be kind")
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_safety_prompt_is_an_error(blank: str) -> None:
+    with pytest.raises(ValueError, match="safety_prompt must have words"):
+        self_contrastive_inputs(tokenizer(WITH_SYSTEM), ASK, safety_prompt=blank)
+    with pytest.raises(TypeError, match="safety_prompt must be text, got NoneType"):
+        self_contrastive_inputs(tokenizer(WITH_SYSTEM), ASK, safety_prompt=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"truncation": True},
+        {"max_length": 4},
+        {"padding": "max_length"},
+        {"return_tensors": "np"},
+        {"return_dict": False},
+        {"tokenize": True},
+        {"tokenizer_kwargs": {"add_special_tokens": True}},
+    ],
+)
+def test_arguments_about_tokens_are_refused(argument: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(argument))} must be left out"):
+        self_contrastive_inputs(tokenizer(WITH_SYSTEM), ASK, **argument)

@@ -50,6 +50,10 @@ def test_the_safety_contexts_may_go_to_generate() -> None:
     assert torch.equal(got, released(model, shared, 2.5, STEPS))
     with pytest.raises(ValueError, match="safety_input_ids must be given, got None"):
         generate(model, decoding)
+    # A mask alone would be that of other ids.
+    for bare in (decoding, SelfContrastiveDecoding(ASKED.safety_ids, ASKED.safety_mask)):
+        with pytest.raises(ValueError, match="safety_input_ids must be given to generate along"):
+            generate(model, bare, safety_attention_mask=ASKED.safety_mask)
     own = SelfContrastiveDecoding(ASKED.safety_ids, ASKED.safety_mask)
     got = generate(model, own, seed=7, do_sample=True)
     assert torch.equal(got, function(model, seed=7, do_sample=True, top_k=50))

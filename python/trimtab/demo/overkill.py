@@ -136,9 +136,7 @@ def answer_all(
     )
 
 
-def _new_tokens(
-    model: Any, inputs: dict[str, Any], way: str | float
-) -> Tensor:  # (B, _NEW_TOKENS)
+def _new_tokens(model: Any, inputs: dict[str, Any], way: str | float) -> Tensor:  # (B, _NEW_TOKENS)
     """What one model says in one way; after the end there is padding."""
     prompt = "safety_" if way == WITH else ""
     if isinstance(way, str):
@@ -231,10 +229,12 @@ def _against_none(sweep: Sweep, ours: Outcome) -> str:
         end = "it trades safety for helpfulness"
     elif overkill == safety == "more":
         end = "it trades helpfulness for safety"
-    elif overkill == "fewer" or (overkill == "unclear" and safety == "more"):
+    elif overkill == "fewer" or safety == "more":
         end = "it gains more than leaving the prompt out would"
+    elif overkill == "more" or safety == "fewer":
+        end = "leaving the prompt out does better, for half the work"
     else:
-        end = "leaving the prompt out does as well or better, for half the work"
+        end = "no clear difference to leaving the prompt out, which is half the work"
     return (
         f"Than without the prompt, Self-CD refuses {words[overkill]} of the harmful-sounding "
         f"questions, and {words[safety]} of the harmful ones: {end}."

@@ -33,8 +33,10 @@ from trimtab.algorithms.self_contrastive.chat import (
 from trimtab.algorithms.self_contrastive.custom_generate import SelfContrastiveDecoding
 from trimtab.algorithms.self_contrastive.loop import Sampling, Stopping, Stream, decode
 from trimtab.algorithms.self_contrastive.prompts import (
+    check_callables,
     check_prompts,
     check_ratio,
+    check_token_ids,
     match_prompts,
     row_seeds,
     special_tokens,
@@ -91,7 +93,12 @@ def self_contrastive_generate(
 
     Cost per token: one forward pass of 2B rows (of B * num_return_sequences * 2 after the first;
         the prompts run once each), one read of the logits. The host waits for the device at the
-        stop test alone, so not at all where nothing but ``max_new_tokens`` can end a row.
+        stop test, so not at all where nothing but ``max_new_tokens`` can end a row. Where rows are
+        padded, the shortest prompt also runs alone, once, to see that the model tells padding from
+        text.
+
+    Of ``model.generation_config`` only the eos and padding tokens are read, and bos to tell padding
+    from text; a repetition penalty that stands there, say, is not applied.
 
     Args:
         model: Hugging Face causal LM; its training mode is left alone.
@@ -132,11 +139,14 @@ def self_contrastive_generate(
 
     Raises:
         ValueError: shapes or values do not fit, a prompt is empty or padded on the right, padding
-            can't be told from text, the model is an encoder-decoder or has no cache, or its logits
-            are NaN.
-        TypeError: ids are not integers, a list of callables is something else.
+            can't be told from text, the model is an encoder-decoder, has prompt learning of PEFT,
+            has no cache or gets other logits where a row is padded, a context outgrows a RoPE that
+            depends on the length (LongRoPE, dynamic NTK), or logits are NaN.
+        TypeError: ids are not integers, a list of callables is something else, a number isn't one.
     """
     check_ratio(ratio)
+    check_token_ids("eos_token_id", eos_token_id)
+    check_token_ids("pad_token_id", pad_token_id)
     special = special_tokens(model, eos_token_id, pad_token_id)
     plain = check_prompts("input_ids", input_ids, attention_mask, special)
     safety = check_prompts("safety_input_ids", safety_input_ids, safety_attention_mask, special)
@@ -152,17 +162,14 @@ def self_contrastive_generate(
             f"num_return_sequences must be 1 without sampling, got {num_return_sequences}; greedy "
             "answers are all alike, set do_sample=True"
         )
-    for name, callables in (
-        ("logits_processor", logits_processor),
-        ("stopping_criteria", stopping_criteria),
-    ):
-        if callables is not None and not isinstance(callables, (list, tuple)):
-            raise TypeError(
-                f"{name} must be a list of callables, got {type(callables).__name__}; use [{name}]"
-            )
+    if not temperature >= 0.0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}; 0 is greedy")
+    check_callables("logits_processor", logits_processor)
+    check_callables("stopping_criteria", stopping_criteria)
     rows = len(plain.ids) * num_return_sequences
-    if streamer is not None and rows != 1:
-        raise ValueError(f"streamer must have one sequence, got {rows}; leave it out")
+    stream = Stream.of(streamer, rows)
+    # Without sampling a seed is checked, and none is drawn.
+    seeds = row_seeds(seed, len(plain.ids)) if do_sample or seed is not None else None
     if stopping_criteria and special.pad is None and rows > 1:
         raise ValueError(
             "pad_token_id must be given where stopping_criteria can end one row before another and "
@@ -175,13 +182,13 @@ def self_contrastive_generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        seed=row_seeds(seed, len(plain.ids)) if do_sample else None,
+        seed=seeds if do_sample else None,
         copies=num_return_sequences,
         processors=logits_processor or (),
         impl=impl,
     )
     stopping = Stopping(max_new_tokens, special.eos, special.pad, stopping_criteria or ())
-    return decode(model, plain, safety, sampling, stopping, Stream(streamer), use_cache)
+    return decode(model, plain, safety, sampling, stopping, stream, use_cache)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,12 @@ from torch import Tensor
 
 Message = Mapping[str, Any]
 
+# What only makes sense for ids that the template's method would make itself.
+_OF_THE_TOKENIZER = (
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "tokenizer_kwargs",
+)  # fmt: skip
+
 SAFETY_PROMPT = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
     "while being safe. Your answers should not include any harmful, unethical, racist, sexist, "
@@ -37,7 +43,7 @@ def self_contrastive_inputs(
     """Both contexts of one chat or several, by the tokenizer's chat template, padded on the left.
 
     The safety prompt is the system message; where the chat has one of its own, it stands in front
-    of that. A template that refuses a system message, or leaves it out, gets the text in front of
+    of that. A template that refuses a system message, or passes over it, gets the text in front of
     the first user message: with the template of the first Mistral models and the defaults this is
     the paper's prompt, ``<s>[INST] {safety_prompt} {user} [/INST]``.
 
@@ -51,20 +57,34 @@ def self_contrastive_inputs(
         plain_prompt: system message of the other context; None for none.
         separator: between a system prompt and the text that it is put in front of.
         device: of the result.
-        template_arguments: further arguments of ``apply_chat_template``.
+        template_arguments: further arguments of ``apply_chat_template`` for the text, not for
+            tokens: the ids are made here, whole and padded to the longest.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``safety_input_ids`` and ``safety_attention_mask``, as
         ``self_contrastive_generate(model, **inputs)`` takes them.
 
     Raises:
-        ValueError: no message, or a chat without a user message that needs one.
-        TypeError: content that isn't text where a prompt has to go in front of it.
+        ValueError: no message, a chat without a user message that needs one, a blank safety prompt,
+            or a template argument that is about tokens.
+        TypeError: messages are something else than chats, or content isn't text where a prompt has
+            to go in front of it.
     """
-    if len(messages) == 0:
-        raise ValueError("messages must be a chat or several, got none; pass one message at least")
-    several = not isinstance(messages[0], Mapping)
-    chats: list[list[Message]] = [list(chat) for chat in (messages if several else [messages])]  # type: ignore[arg-type]
+    chats = _as_chats(messages)
+    if not isinstance(safety_prompt, str):
+        raise TypeError(
+            f"safety_prompt must be text, got {type(safety_prompt).__name__}; use a str"
+        )
+    if not safety_prompt.strip():
+        raise ValueError(
+            "safety_prompt must have words, got a blank; without one there is nothing to contrast"
+        )
+    for name in _OF_THE_TOKENIZER:
+        if name in template_arguments:
+            raise ValueError(
+                f"{name} must be left out, got {template_arguments[name]!r}; the prompts come "
+                "whole, as tensors padded on the left"
+            )
     go_on = template_arguments.get("continue_final_message", False)
     template_arguments.setdefault("add_generation_prompt", not go_on)
     inputs = {}
@@ -78,6 +98,30 @@ def self_contrastive_inputs(
         inputs[f"{prefix}input_ids"] = ids.to(device)
         inputs[f"{prefix}attention_mask"] = mask.to(device)
     return inputs
+
+
+def _as_chats(messages: Any) -> list[list[Message]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise TypeError(
+            f"messages must be a list of messages or of chats, got {type(messages).__name__}; a "
+            'question is [{"role": "user", "content": question}]'
+        )
+    if len(messages) == 0:
+        raise ValueError("messages must be a chat or several, got none; pass one message at least")
+    chats = [messages] if isinstance(messages[0], Mapping) else messages
+    for chat in chats:
+        if not isinstance(chat, Sequence) or isinstance(chat, str):
+            raise TypeError(
+                f"messages must be one chat or a list of chats, got a {type(chat).__name__} in the "
+                'list; a question is [{"role": "user", "content": question}]'
+            )
+        for message in chat:
+            if not isinstance(message, Mapping):
+                raise TypeError(
+                    'messages must be of {"role": ..., "content": ...}, got a '
+                    f"{type(message).__name__}; make it a message"
+                )
+    return [list(chat) for chat in chats]
 
 
 def _render(
@@ -97,13 +141,14 @@ def _render(
     system = str(own) if prompt is None else _join(prompt, own, separator)
     from jinja2 import TemplateError
 
+    # A template that knows no system role refuses it, or passes over it without a word. The words
+    # of the prompt prove nothing: they may stand in the question too, or be written otherwise.
     try:
-        text = apply([{"role": "system", "content": system}, *rest])
+        first, second = (apply([{"role": "system", "content": c}, *rest]) for c in ("one", "two"))
     except TemplateError:
-        text = None
-    # A template that knows no system role may also pass over it without a word.
-    if text is not None and system.strip() in text:
-        return text
+        first = second = ""
+    if first != second:
+        return apply([{"role": "system", "content": system}, *rest])
     place = next((i for i, message in enumerate(rest) if message.get("role") == "user"), None)
     if place is None:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.algorithms.self_contrastive.decoder import refuse_prompt_learning
 from trimtab.algorithms.self_contrastive.loop import Sampling, Stopping, Stream, decode
 from trimtab.algorithms.self_contrastive.prompts import (
     Prompts,
@@ -62,9 +63,15 @@ class SelfContrastiveDecoding:
     Of the generation config: lengths, ``do_sample``, temperature, top-k, top-p, min-p, eos and
     padding tokens, ``num_return_sequences``, ``max_time`` and every logits processor it asks for
     are honoured; note that ``generate`` itself sets ``top_k`` to 50 where nobody does. Processors
-    work on the combined logits. Beams, guidance, assistants, static caches and outputs other than
-    the tokens are errors. Up to transformers 5.17 ``generate`` does not hand its ``streamer`` to a
-    callable, but for the prompt: give it to this class instead.
+    work on the combined logits. Beams, guidance, prompt lookup, static caches and outputs other
+    than the tokens are errors, and so is a PEFT model with prompt learning.
+
+    Some arguments ``generate`` (up to transformers 5.17) keeps to itself, so that this class can
+    neither honour nor refuse them: ``assistant_model``, ``negative_prompt_ids`` and their mask,
+    ``low_memory`` and ``synced_gpus`` have no effect (ranks don't wait for one another: under
+    DeepSpeed ZeRO-3 or FSDP every rank must make as many steps), ``streamer`` gets the prompt
+    alone (give it to this class instead), and ``cache_implementation="paged"`` leaves for
+    continuous batching before any callable is asked.
 
     Args:
         safety_input_ids: (B, S) the questions with the safety prompt, or (1, S) for all.
@@ -110,6 +117,9 @@ class SelfContrastiveDecoding:
         Raises:
             ValueError: something is asked for that Self-CD does not do; a shape or value is wrong.
         """
+        # PEFT hands over the model inside, and puts its own preparation of inputs there meanwhile.
+        prepare = getattr(model, "prepare_inputs_for_generation", None)
+        refuse_prompt_learning(getattr(prepare, "__self__", model))
         _refuse(generation_config)
         mask, use_cache = _take_model_kwargs(model_kwargs, input_ids)
         special = special_tokens(
@@ -136,17 +146,20 @@ class SelfContrastiveDecoding:
             impl=self.impl,
             **filters,
         )
-        if self.streamer is not None and len(input_ids) != 1:
-            raise ValueError(f"streamer must have one sequence, got {len(input_ids)}; leave it out")
         stopping = Stopping(
             generation_config.max_length - input_ids.shape[1],
             pad=_padding_token(generation_config),
             criteria=list(stopping_criteria or ()),  # the eos tokens are one of them
         )
-        stream = Stream(self.streamer)
+        stream = Stream.of(self.streamer, len(input_ids))
         return decode(model, plain, safety, sampling, stopping, stream, use_cache)
 
     def _safety(self, ids: Tensor | None, mask: Tensor | None, special: SpecialTokens) -> Prompts:
+        if ids is None and mask is not None:
+            raise ValueError(
+                "safety_input_ids must be given to generate along with safety_attention_mask, got "
+                "None; pass both there, or both to SelfContrastiveDecoding"
+            )
         if ids is None:
             ids, mask = self.safety_input_ids, self.safety_attention_mask
         if ids is None:

@@ -12,6 +12,8 @@ from trimtab.algorithms.self_contrastive.decoder import Decoder, input_device
 from trimtab.algorithms.self_contrastive.prompts import Prompts, stack
 from trimtab.ops.contrast import contrastive_logits, contrastive_sample
 
+_ROOM = 256  # new tokens that memory is taken for at first
+
 
 class Sampling(NamedTuple):
     """How a token is drawn; the names are those of ``contrastive_sample``."""
@@ -41,15 +43,16 @@ class Stream(NamedTuple):
     """Where the tokens go as they come."""
 
     streamer: Any = None
-    with_prompt: bool = True
 
-    def put_prompt(self, ids: Tensor) -> None:
-        """The prompt, as ``generate`` puts it."""
-        if self.streamer is not None and self.with_prompt:
-            self.streamer.put(ids.cpu())
+    @classmethod
+    def of(cls, streamer: Any, rows: int) -> Stream:
+        """For so many sequences; a streamer of transformers takes one."""
+        if streamer is not None and rows != 1:
+            raise ValueError(f"streamer must have one sequence, got {rows}; leave it out")
+        return cls(streamer)
 
     def put(self, tokens: Tensor) -> None:
-        """One step's tokens."""
+        """The prompt, then one step's tokens after another, as ``generate`` puts them."""
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
 
@@ -57,6 +60,22 @@ class Stream(NamedTuple):
         """Nothing more comes."""
         if self.streamer is not None:
             self.streamer.end()
+
+
+def _ended_by(criterion: Any, ids: Tensor) -> Tensor:  # (R, T) -> (R,) bool
+    ended = criterion(ids, None)
+    if not isinstance(ended, (bool, Tensor)):
+        raise TypeError(
+            f"stopping_criteria must return a mask ({len(ids)},) of the rows that end, got "
+            f"{type(ended).__name__} from {type(criterion).__name__}; return a bool tensor"
+        )
+    mask = torch.as_tensor(ended, device=ids.device)
+    if mask.shape not in ((), ids.shape[:1]) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"stopping_criteria must return a mask ({len(ids)},) of bool, got {tuple(mask.shape)} "
+            f"of {mask.dtype} from {type(criterion).__name__}; one value per row, or one for all"
+        )
+    return mask
 
 
 class _Draw:
@@ -124,7 +143,9 @@ def decode(
     """Prompt and new tokens of every sequence, on the prompt's device.
 
     Raises:
-        ValueError: the model's logits, or what a processor made of them, have NaN or leave nothing.
+        ValueError: the model's logits, or what a processor made of them, have NaN or leave nothing;
+            the decoder can't run the prompts as they are.
+        TypeError: a stopping criterion returns something else than a mask.
     """
     batch, copies = len(plain.ids), sampling.copies
     rows, width = batch * copies, plain.ids.shape[1]
@@ -135,12 +156,11 @@ def decode(
     decoder = Decoder(model, use_cache=use_cache)
     logits = decoder.prefill(stack(plain, safety))
     fill = 0 if stopping.pad is None else stopping.pad
-    ids = torch.full((rows, width + stopping.max_new_tokens), fill, device=device)
-    ids[:, :width] = plain.ids.repeat_interleave(copies, 0)
+    ids = plain.ids.repeat_interleave(copies, 0)  # and room for new tokens, more when it is full
     eos = torch.tensor(stopping.eos, dtype=torch.int64, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     failed = torch.zeros_like(finished)
-    stream.put_prompt(ids[:, :width])
+    stream.put(ids)
 
     for step in range(stopping.max_new_tokens):
         token = draw(logits, ids[:, :width], step)
@@ -148,13 +168,16 @@ def decode(
         # Without a padding token, as in `generate`, rows go on until all have ended.
         over = token < 0 if stopping.pad is None else (token < 0) | finished
         token = torch.where(over, fill, token)
+        if width == ids.shape[1]:
+            room = min(max(width, _ROOM), stopping.max_new_tokens - step)
+            ids = torch.nn.functional.pad(ids, (0, room), value=fill)
         ids[:, width] = token
         width += 1
         stream.put(token)
         if stopping.eos or stopping.criteria:
             finished |= failed | torch.isin(token, eos)
             for criterion in stopping.criteria:
-                finished |= torch.as_tensor(criterion(ids[:, :width].contiguous(), None)).to(device)
+                finished |= _ended_by(criterion, ids[:, :width].contiguous())
             if bool(finished.all()):
                 break
         if step + 1 == stopping.max_new_tokens:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.algorithms.self_contrastive.decoder import Decoder, input_device
+from trimtab.algorithms.self_contrastive.decoder import Decoder, input_device, model_arguments
 from trimtab.algorithms.self_contrastive.prompts import (
     Prompts,
     check_prompts,
@@ -54,6 +54,7 @@ class ContrastiveBranch:
         use_cache: bool = True,
         name: str = "input_ids",
     ) -> None:
+        model_arguments(model)  # refuses what can't be run
         self.name = name
         self.model, self.attention_mask = model, attention_mask
         self.last_token, self.use_cache = last_token, use_cache
@@ -134,7 +135,14 @@ class ContrastiveLogitsProcessor(_Base):  # type: ignore[misc]
     Contexts follow the ids: a call whose ids continue what an earlier call has seen, beams in
     whatever order, goes on from there; where they don't, a new prompt has begun and the branches
     begin anew. So one object serves many calls of ``generate``, and ``generate`` on its own output
-    goes on as one longer call would, the branches included; ``reset`` ends that.
+    goes on as one longer call would, the branches included, also where those ids are meant as a new
+    prompt; ``reset`` ends that. The branches' caches stay in memory until ``reset`` or the next
+    prompt. An object has one text at a time: each thread needs one of its own.
+
+    ``generate`` applies the penalties and biases that its config asks for before the processors
+    that it is given, so to ``scores`` alone and not to the contrast. For the contrast, leave them
+    out of the config and put their processors behind this one in ``logits_processor``; what asks
+    for the sign of a score, as a repetition penalty does, then sees log-probabilities.
 
     Cost per token: a forward pass of every branch, over all of ``generate``'s rows, and one
     comparison of the ids, for which the host waits. A rollback of assisted decoding, and a step
@@ -222,8 +230,10 @@ class ContrastiveLogitsProcessor(_Base):  # type: ignore[misc]
     ) -> ContrastiveLogitsProcessor:
         """VCD (Leng et al., CVPR 2024): ``z = (1 + cd_alpha) z - cd_alpha z_distorted``, masked.
 
-        The prompt is ``generate``'s own; ``model_inputs`` are the distorted picture's inputs. Only
-        tokens with ``z >= max(z) + log(cd_beta)`` stay.
+        The prompt is ``generate``'s own; ``model_inputs`` are the distorted picture's inputs, a row
+        for each prompt. Only tokens with ``z >= max(z) + log(cd_beta)`` stay. Not for models with
+        positions in several dimensions (M-RoPE, as Qwen2-VL) or that take the patches of all
+        pictures in one flat tensor: positions count along the text here, rows are prompts.
         """
         negative = ContrastiveBranch(model, model_inputs=model_inputs, **branch)
         return cls(negative, alpha=cd_alpha, plausibility=cd_beta)

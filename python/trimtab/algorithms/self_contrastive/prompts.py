@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,34 @@ def _as_tuple(token_ids: Any) -> tuple[int, ...]:
     return tuple(int(token) for token in torch.as_tensor(token_ids).reshape(-1).tolist())
 
 
+def check_token_ids(name: str, token_ids: Any) -> None:
+    """None, one token's id or several; what is in the vocabulary, the model alone knows."""
+    if token_ids is None:
+        return
+    found = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    found = list(found) if isinstance(found, (list, tuple)) else [found]
+    wrong = [token for token in found if isinstance(token, bool) or not isinstance(token, Integral)]
+    if wrong:
+        raise TypeError(f"{name} must be of integers, got {type(wrong[0]).__name__}; pass an id")
+    if any(token < 0 for token in found):
+        raise ValueError(
+            f"{name} must be 0 or more, got {min(found)}; leave it out for that of the model"
+        )
+
+
+def check_callables(name: str, callables: Any) -> None:
+    """None, or a list of callables."""
+    if callables is None:
+        return
+    if not isinstance(callables, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a list of callables, got {type(callables).__name__}; use [{name}]"
+        )
+    for one in callables:
+        if not callable(one):
+            raise TypeError(f"{name} must be callables, got {type(one).__name__}; pass an instance")
+
+
 def check_prompts(
     name: str,
     ids: Any,
@@ -73,7 +102,7 @@ def check_prompts(
 
     Raises:
         ValueError: empty, not two-dimensional, padded on the right, or ambiguous.
-        TypeError: not integers.
+        TypeError: not integers, or not tensors.
     """
     if not isinstance(ids, Tensor):
         raise TypeError(
@@ -101,6 +130,10 @@ def _mask_name(name: str) -> str:
 
 def _check_mask(name: str, ids: Tensor, mask: Tensor) -> Tensor:
     mask_name = _mask_name(name)
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"{mask_name} must be a tensor, got {type(mask).__name__}; use return_tensors='pt'"
+        )
     if mask.shape != ids.shape:
         raise ValueError(
             f"{mask_name} must have the shape of {name} {tuple(ids.shape)}, got "
@@ -171,6 +204,10 @@ def match_prompts(plain: Prompts, safety: Prompts) -> Prompts:
 
 def check_ratio(ratio: float) -> None:
     """Any finite number."""
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(
+            f"ratio must be a number, got {type(ratio).__name__}; use a float, the paper's is 2.5"
+        )
     if not math.isfinite(ratio):
         raise ValueError(f"ratio must be finite, got {ratio}; the paper's is 2.5")
 
@@ -179,6 +216,8 @@ def row_seeds(seed: int | Sequence[int] | Tensor | None, rows: int) -> Tensor:
     """One seed per prompt, (B,) int64."""
     if seed is None:
         return torch.randint(2**63 - 1, (rows,))
+    if isinstance(seed, (bool, str)):
+        raise TypeError(f"seed must be integers, got {type(seed).__name__}; use a number")
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must be of 64 bits, got {seed}; use a smaller number")

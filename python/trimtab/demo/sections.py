@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from trimtab.demo import salience, self_contrastive, speed
+from trimtab.demo import inverse_q, salience, self_contrastive, speed
 from trimtab.demo.section import Section
 
 SECTIONS: dict[str, Section] = {
-    section.key: section for section in (salience.SECTION, self_contrastive.SECTION, speed.SECTION)
+    section.key: section
+    for section in (
+        salience.SECTION,
+        self_contrastive.SECTION,
+        inverse_q.SECTION,
+        speed.SECTION,
+    )
 }

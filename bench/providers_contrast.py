@@ -213,7 +213,7 @@ def compiled_step(case: Case) -> Step:
 
 
 def read_step(case: Case) -> Step:
-    """The largest of the rows' bits, as integers: the cheapest read torch has for any dtype.
+    """The largest of the rows' bits, as integers: a read of torch that costs any dtype the same.
 
     What the case has to write is written, zeros, into fresh memory.
     """

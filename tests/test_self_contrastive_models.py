@@ -86,7 +86,9 @@ def test_many_layers_in_16_bits_are_not_taken_for_padding() -> None:
 
 def test_dropout_is_not_taken_for_padding() -> None:
     model = make("gpt2").train()  # with GPT-2's dropout of 0.1
-    self_contrastive_generate(model, **questions().arguments(), max_new_tokens=1)
+    arguments = questions().arguments()
+    ids = self_contrastive_generate(model, **arguments, max_new_tokens=1)
+    assert ids.shape[1] == arguments["input_ids"].shape[1] + 1
 
 
 @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])

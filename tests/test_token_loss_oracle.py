@@ -262,6 +262,25 @@ assert torch.equal(ours.predicted, (leaves[0] @ leaves[1].T + leaves[2]).argmax(
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "trimtab.linear_logp(x, x, torch.zeros(3, dtype=torch.int64), impl='native')",
+        "trimtab.contrastive_sample(x, x, alpha=1.0, impl='native')",
+    ],
+)
+def test_an_unknown_instruction_set_is_an_error(call):
+    result = subprocess.run(
+        [sys.executable, "-c", f"import torch, trimtab\nx = torch.ones(3, 4)\n{call}"],
+        env={**os.environ, "TRIMTAB_CPU_ISA": "avx5"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 1
+    assert "TRIMTAB_CPU_ISA must be generic, avx2 or avx512" in result.stderr
+
+
 @pytest.mark.op("cross_entropy")
 def test_rows_with_a_scale_that_rounds(case):
     """The largest logit is subtracted before the product, so nll >= 0 and logp <= 0 to the bit."""

@@ -11,6 +11,7 @@ const ContrastTable& contrast_for_this_processor() {
 #if defined(__x86_64__)
   return table_for_this_processor(generic_contrast, avx2_contrast, avx512_contrast);
 #else
+  refuse_unless_allowed(generic_contrast.name);
   return generic_contrast;
 #endif
 }
@@ -116,9 +117,9 @@ void contrastive_logits_rows(const Tensor& positive, const OptionalTensor& negat
     rows.log_beta = per_row<Real>("log_beta_rows", log_beta, log_beta_rows, count);
     rows.out = check_output<Real>("out", out, count, rows.inputs.classes, real_type<Element>);
     rows.out_stride = out.stride(0);
-    for_each_range(count, rows.inputs.classes, [&](int64_t begin, int64_t end) {
-      functions<Element>().logits(rows, begin, end);
-    });
+    const auto kernel = functions<Element>().logits;
+    for_each_range(count, rows.inputs.classes,
+                   [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
   });
 }
 
@@ -150,9 +151,9 @@ void contrastive_logp_rows(const Tensor& positive, const OptionalTensor& negativ
     auto rows = logp_arguments<Element>(positive, negative, anchor, target, alpha, alpha_rows,
                                         temperature, temperature_rows, ignore_index);
     rows.logp = vector_of<Real>("logp", logp, target.size(0));
-    for_each_range(target.size(0), rows.inputs.classes, [&](int64_t begin, int64_t end) {
-      functions<Element>().logp(rows, begin, end);
-    });
+    const auto kernel = functions<Element>().logp;
+    for_each_range(target.size(0), rows.inputs.classes,
+                   [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
   });
 }
 
@@ -183,9 +184,9 @@ void contrastive_logp_rows_backward(const Tensor& positive, const OptionalTensor
     rows.grad_positive = grad_rows("grad_positive", grad_positive);
     rows.grad_negative = grad_rows("grad_negative", grad_negative);
     rows.grad_anchor = grad_rows("grad_anchor", grad_anchor);
-    for_each_range(count, rows.inputs.classes, [&](int64_t begin, int64_t end) {
-      functions<Element>().logp(rows, begin, end);
-    });
+    const auto kernel = functions<Element>().logp;
+    for_each_range(count, rows.inputs.classes,
+                   [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
   });
 }
 
@@ -220,9 +221,9 @@ void contrastive_sample_rows(const Tensor& positive, const OptionalTensor& negat
     rows.token = vector_of<int64_t>("token", token, count);
     rows.logp = vector_of<Real>("logp", logp, count);
     rows.kept = vector_of<int64_t>("kept", kept, count);
-    for_each_range(count, rows.inputs.classes, [&](int64_t begin, int64_t end) {
-      functions<Element>().sample(rows, begin, end);
-    });
+    const auto kernel = functions<Element>().sample;
+    for_each_range(count, rows.inputs.classes,
+                   [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
   });
 }
 

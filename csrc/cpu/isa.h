@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "common/dtype.h"
@@ -14,6 +16,13 @@ namespace trimtab {
 inline bool allowed(const char* isa) {
   const char* asked = std::getenv("TRIMTAB_CPU_ISA");
   return !asked || !*asked || std::strcmp(asked, isa) == 0;
+}
+
+inline void refuse_unless_allowed(const char* isa) {
+  if (!allowed(isa))
+    throw std::runtime_error(
+        "TRIMTAB_CPU_ISA must be generic, avx2 or avx512 and what this processor has, got " +
+        std::string(std::getenv("TRIMTAB_CPU_ISA")) + "; unset it for the widest");
 }
 
 #if defined(__x86_64__)
@@ -29,6 +38,7 @@ const Table& table_for_this_processor(const Table& generic, const Table& avx2,
   if (allowed(avx2.name) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return avx2;
+  refuse_unless_allowed(generic.name);
   return generic;
 }
 #endif

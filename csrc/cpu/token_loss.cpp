@@ -11,6 +11,7 @@ const RowTable& rows_for_this_processor() {
 #if defined(__x86_64__)
   return table_for_this_processor(generic_rows, avx2_rows, avx512_rows);
 #else
+  refuse_unless_allowed(generic_rows.name);
   return generic_rows;
 #endif
 }
@@ -88,9 +89,9 @@ void token_loss_rows(const Tensor& logits, const Tensor& target, const OptionalT
     rows.label_smoothing = label_smoothing;
     rows.lse_square_scale = lse_square_scale;
     rows.loss = vector_of<Real>("loss", loss, count, real);
-    torch::stable::parallel_for(
-        0, count, rows_per_thread(rows.classes),
-        [&](int64_t begin, int64_t end) { functions<Element>().loss(rows, begin, end); });
+    const auto kernel = functions<Element>().loss;
+    torch::stable::parallel_for(0, count, rows_per_thread(rows.classes),
+                                [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
   });
 }
 
@@ -112,9 +113,9 @@ LogpRows<Element> logp_arguments(const Tensor& logits, const Tensor& target,
 
 template <class Element>
 void run_logp(const LogpRows<Element>& rows, int64_t count) {
-  torch::stable::parallel_for(
-      0, count, rows_per_thread(rows.classes),
-      [&](int64_t begin, int64_t end) { functions<Element>().logp(rows, begin, end); });
+  const auto kernel = functions<Element>().logp;
+  torch::stable::parallel_for(0, count, rows_per_thread(rows.classes),
+                              [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
 }
 
 void token_logp_rows(const Tensor& logits, const Tensor& target,
@@ -177,9 +178,9 @@ void accumulate(const OptionalTensor& accumulator, const Tensor& part, const Ten
     if (accumulator.has_value())
       place("accumulator", *accumulator, sums.previous, sums.previous_wide);
     place("out", out, sums.sum, sums.sum_wide);
-    torch::stable::parallel_for(0, count, kElementsPerThread, [&](int64_t begin, int64_t end) {
-      functions<Element>().add(sums, begin, end);
-    });
+    const auto kernel = functions<Element>().add;
+    torch::stable::parallel_for(0, count, kElementsPerThread,
+                                [&](int64_t begin, int64_t end) { kernel(sums, begin, end); });
   });
 }
 

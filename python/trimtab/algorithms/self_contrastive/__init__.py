@@ -92,10 +92,10 @@ def self_contrastive_generate(
     procedure: greedy, no mask.
 
     Cost per token: one forward pass of 2B rows (of B * num_return_sequences * 2 after the first;
-        the prompts run once each), one read of the logits. The host waits for the device at the
-        stop test, so not at all where nothing but ``max_new_tokens`` can end a row. Where rows are
-        padded, the shortest prompt also runs alone, once, to see that the model tells padding from
-        text.
+        the prompts run once each), one read of the logits. The host waits for the device before the
+        first token and at every stop test, of which there is none where nothing but
+        ``max_new_tokens`` can end a row. Where rows are padded, the shortest prompt also runs
+        alone, once, to see that the model tells padding from text.
 
     Of ``model.generation_config`` only the eos and padding tokens are read, and bos to tell padding
     from text; a repetition penalty that stands there, say, is not applied.

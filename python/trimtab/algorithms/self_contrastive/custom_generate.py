@@ -56,6 +56,8 @@ class SelfContrastiveDecoding:
         decoding = SelfContrastiveDecoding(safety_input_ids, safety_attention_mask)
         model.generate(input_ids, custom_generate=decoding, max_new_tokens=200)
 
+    It needs a transformers whose ``generate`` takes a callable there; 5.17 does.
+
     The safety contexts may also go to ``generate`` itself, where the callable needs no arguments:
     ``generate(**inputs, custom_generate=SelfContrastiveDecoding())`` with what
     ``self_contrastive_inputs`` returns; so may ``seed``.

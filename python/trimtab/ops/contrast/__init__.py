@@ -200,8 +200,8 @@ def contrastive_sample(
         token = argmax over the kept v of z_v / T + gumbel(seed, position, v)
 
     so a row's token depends on its logits, seed and position alone, whatever else is in the batch,
-    and is the same on every implementation and device. Nothing is sorted and no row of
-    probabilities is written.
+    and is the same in every implementation. "native" and "triton" sort nothing and write no row of
+    probabilities.
 
     Cost: the rows are read once from memory, and again from cache by filters that need a threshold.
 

@@ -260,7 +260,8 @@ def check_plausibility(beta: object, shape: torch.Size, like: Tensor) -> PerRow:
 def check_temperature(temperature: object, shape: torch.Size, like: Tensor) -> PerRow:
     """Positive: log-probabilities have no limit at 0."""
     least, most = normal_range(like)
-    return per_row("temperature", temperature, shape, like, "positive and finite",
+    expected = f"positive and finite in {result_dtype(like.dtype)}"
+    return per_row("temperature", temperature, shape, like, expected,
                    lambda x: (x >= least) & (x <= most))  # fmt: skip
 
 
@@ -281,6 +282,7 @@ def check_filters(arguments: Mapping[str, Any], shape: torch.Size, like: Tensor)
 
     whole: dict[str, Any] = {"dtype": torch.int64}
     least, most = normal_range(like)
+    heat = f"0 for greedy, or positive and finite in {result_dtype(like.dtype)}"
     seed, position = (
         per_row(name, arguments[name], shape, like, "of 64 bits",
                 lambda x: (x >= -(2**63)) & (x <= 2**63 - 1), **whole)
@@ -288,7 +290,7 @@ def check_filters(arguments: Mapping[str, Any], shape: torch.Size, like: Tensor)
     )  # fmt: skip
     return Filters(
         check_plausibility(arguments["plausibility"], shape, like),
-        per_row("temperature", arguments["temperature"], shape, like, "0 for greedy, or positive",
+        per_row("temperature", arguments["temperature"], shape, like, heat,
                 lambda x: (x == 0) | (x >= least) & (x <= most)),
         check("top_k", 0, "positive, or 0 for none", lambda x: (x >= 0) & (x <= 2**63 - 1),
               **whole),

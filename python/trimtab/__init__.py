@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         linear_contrastive_logp,
         linear_contrastive_sample,
     )
+    from trimtab.ops.orthogonal import orthogonal_penalty, project_out
     from trimtab.ops.token_loss import (
         LogpRatio,
         TokenLogp,
@@ -64,6 +65,8 @@ _HOME = {
     "contrastive_sample": "trimtab.ops.contrast",
     "linear_contrastive_logp": "trimtab.ops.contrast",
     "linear_contrastive_sample": "trimtab.ops.contrast",
+    "orthogonal_penalty": "trimtab.ops.orthogonal",
+    "project_out": "trimtab.ops.orthogonal",
     "LogpRatio": "trimtab.ops.token_loss",
     "TokenLogp": "trimtab.ops.token_loss",
     "TokenLossOptions": "trimtab.ops.token_loss",
@@ -128,6 +131,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logp",
     "linear_logp_ratio",
+    "orthogonal_penalty",
+    "project_out",
     "row_token_ids",
     "self_contrastive_generate",
     "self_contrastive_inputs",

@@ -101,6 +101,22 @@ _LIB.define(
     "-> (Tensor token, Tensor logp, Tensor kept)"
 )
 
+# Shared by the penalty's two layers: `previous` holds the tensors of every module one after the
+# other, counts[m] of them belong to module m. The gradients are flat: one contiguous block for each
+# tensor, in the order of the list.
+_PENALTY = "Tensor[] previous, int[] counts, Tensor[] current, Tensor? weight, bool squared"
+
+_LIB.define(
+    f"orthogonal_penalty_rows({_PENALTY}, Tensor(a!) value, Tensor(b!)? grad_current, "
+    "Tensor(c!)? grad_previous) -> ()"
+)
+_LIB.define("project_out_rows(Tensor[] tensors, Tensor[] bases, Tensor(a!)[] outs) -> ()")
+_LIB.define(
+    f"orthogonal_penalty({_PENALTY}, bool[2] needs_grad, str impl) "
+    "-> (Tensor value, Tensor grad_current, Tensor grad_previous)"
+)
+_LIB.define("project_out(Tensor[] tensors, Tensor[] bases, str impl) -> Tensor[]")
+
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of every per-token result: float32, or float64 for float64 inputs."""
@@ -120,6 +136,8 @@ for _rows in (
     "contrastive_logp_rows",
     "contrastive_logp_rows_backward",
     "contrastive_sample_rows",
+    "orthogonal_penalty_rows",
+    "project_out_rows",
 ):
 
     @torch.library.register_fake(f"trimtab::{_rows}", lib=_LIB)
@@ -196,3 +214,19 @@ def _(positive: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     token = positive.new_empty(rows, dtype=torch.int64)
     logp = positive.new_empty(rows, dtype=result_dtype(positive.dtype))
     return token, logp, torch.empty_like(token)
+
+
+@torch.library.register_fake("trimtab::orthogonal_penalty", lib=_LIB)
+def _(previous: list[Tensor], counts: list[int], current: list[Tensor], *options: Any) -> Any:
+    like, (needs_current, needs_previous) = current[0], options[-2]
+    dtype = result_dtype(like.dtype)
+    return (
+        like.new_empty((), dtype=dtype),
+        like.new_empty(sum(t.numel() for t in current) if needs_current else 0, dtype=dtype),
+        like.new_empty(sum(t.numel() for t in previous) if needs_previous else 0, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("trimtab::project_out", lib=_LIB)
+def _(tensors: list[Tensor], bases: list[Tensor], impl: str) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in tensors]

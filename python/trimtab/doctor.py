@@ -24,7 +24,7 @@ from typing import Any
 
 from trimtab._version import __version__
 
-PACKAGES = ("torch", "triton", "numpy", "transformers")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft")
 _FOLDER = Path(__file__).parent
 _CHILD_SECONDS = 300
 # The child sees the modules that this process sees, wherever it was started from.
@@ -267,7 +267,7 @@ _SAMPLE_ROWS, _SAMPLE_WIDTH = 13, 67
 
 
 def _samples() -> dict[str, Any]:
-    """Parameter name -> a number or a tensor. Hidden size and vocabulary are equal here."""
+    """Parameter name -> a number, a tensor or several. All widths and the vocabulary are equal."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -285,6 +285,10 @@ def _samples() -> dict[str, Any]:
         "positive": normal(rows, width),
         "negative": normal(rows, width),
         "alpha": 0.5,
+        "previous": [normal(rows, width), normal(2, width)],
+        "current": [normal(3, width), normal(5, width)],
+        "tensors": [normal(rows, width), normal(2, width)],
+        "bases": [torch.linalg.qr(normal(width, k)).Q.mT for k in (3, 5)],
     }
 
 
@@ -299,16 +303,23 @@ def _run(function: Callable[..., Any], impl: str, device: str, dtype: Any) -> di
     missing = [name for name in names if name not in samples]
     if missing:
         raise LookupError(f"the doctor has no sample of {', '.join(missing)}")
-    values: dict[str, Any] = {name: samples[name] for name in names}
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            moved = value.to(device)
-            values[name] = moved.to(dtype).requires_grad_() if value.is_floating_point() else moved
-    result = function(**values, impl=impl)
-    fields = result._asdict() if hasattr(result, "_asdict") else {"value": result}
-    leaves = {
-        name: value for name, value in values.items() if getattr(value, "requires_grad", False)
-    }
+    leaves: dict[str, Any] = {}
+
+    def prepared(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [prepared(f"{name}[{i}]", one) for i, one in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_floating_point():
+            return value.to(device)
+        leaves[name] = value.to(device).to(dtype).requires_grad_()
+        return leaves[name]
+
+    result = function(**{name: prepared(name, samples[name]) for name in names}, impl=impl)
+    if isinstance(result, list):
+        fields = {f"value[{i}]": one for i, one in enumerate(result)}
+    else:
+        fields = result._asdict() if hasattr(result, "_asdict") else {"value": result}
     totals = [field.sum() for field in fields.values() if field.requires_grad]
     if totals:
         grads = torch.autograd.grad(sum(totals), list(leaves.values()), allow_unused=True)

@@ -6,9 +6,9 @@ import inspect
 from typing import Any
 
 from trimtab._choose import Choice
-from trimtab.ops import contrast, token_loss
+from trimtab.ops import contrast, orthogonal, token_loss
 
-_FAMILIES = (token_loss, contrast)
+_FAMILIES = (token_loss, contrast, orthogonal)
 
 
 def explain(op_name: str, *args: Any, **kwargs: Any) -> Choice:

@@ -1,0 +1,126 @@
+"""The operators that every implementation sits behind, and autograd around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab._schemas import result_dtype
+from trimtab.ops._autograd import through_reference, wants_double_backward
+from trimtab.reference import orthogonal as reference
+
+
+def row_kernels(impl: str) -> Any:
+    """The namespace that holds the row operators of an implementation."""
+    if impl == "native":
+        return torch.ops.trimtab
+    from trimtab.triton_kernels import orthogonal
+
+    return orthogonal
+
+
+@torch.library.impl("trimtab::orthogonal_penalty", "CompositeExplicitAutograd")
+def _orthogonal_penalty(
+    previous: list[Tensor],
+    counts: list[int],
+    current: list[Tensor],
+    weight: Tensor | None,
+    squared: bool,
+    needs_grad: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like, dtype = current[0], result_dtype(current[0].dtype)
+    value = like.new_empty((), dtype=dtype)
+    grads = [
+        like.new_empty(sum(t.numel() for t in tensors), dtype=dtype) if need else None
+        for tensors, need in zip((current, previous), needs_grad, strict=True)
+    ]
+    row_kernels(impl).orthogonal_penalty_rows(
+        previous, counts, current, weight, squared, value, *grads
+    )
+    return (value, *(like.new_empty(0, dtype=dtype) if g is None else g for g in grads))  # type: ignore[return-value]
+
+
+@torch.library.impl("trimtab::project_out", "CompositeExplicitAutograd")
+def _project_out(tensors: list[Tensor], bases: list[Tensor], impl: str) -> list[Tensor]:
+    outs = [t.new_empty(t.shape) for t in tensors]
+    row_kernels(impl).project_out_rows(tensors, bases, outs)
+    return outs
+
+
+class OrthogonalPenalty(torch.autograd.Function):
+    """The penalty; its gradients come out of the same pass as its value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        counts: list[int],
+        weight: Tensor | None,
+        squared: bool,
+        needs: tuple[bool, bool],
+        impl: str,
+        *tensors: Tensor,  # current, then previous
+    ) -> Tensor:
+        """One read of ``previous``."""
+        current, previous = tensors[: len(counts)], tensors[len(counts) :]
+        value, grad_current, grad_previous = torch.ops.trimtab.orthogonal_penalty.default(
+            previous, counts, current, weight, squared, needs, impl
+        )
+        ctx.save_for_backward(grad_current, grad_previous, weight, *tensors)
+        ctx.counts, ctx.squared = counts, squared
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        """One product with ``upstream`` for each side, rounded once to the side's dtype."""
+        grad_current, grad_previous, weight, *tensors = ctx.saved_tensors
+        current, previous = tensors[: len(ctx.counts)], tensors[len(ctx.counts) :]
+        needs = ctx.needs_input_grad[5:]
+        if wants_double_backward():
+            value = reference.orthogonal_penalty(previous, ctx.counts, current, weight, ctx.squared)
+            return (*[None] * 5, *through_reference(value, tuple(tensors), needs, upstream))
+        blocks = (*_blocks(grad_current, current, upstream),
+                  *_blocks(grad_previous, previous, upstream))  # fmt: skip
+        return (*[None] * 5, *(b if need else None for b, need in zip(blocks, needs, strict=True)))
+
+
+def _blocks(flat: Tensor, tensors: list[Tensor], upstream: Tensor) -> Iterator[Tensor | None]:
+    """``upstream * flat``, cut into the gradients of the tensors; None where it was not made."""
+    if not tensors or flat.numel() == 0:
+        yield from (None if t.numel() else torch.zeros_like(t) for t in tensors)
+        return
+    scaled = flat.new_empty(flat.shape, dtype=tensors[0].dtype)
+    torch.mul(flat, upstream, out=scaled)
+    parts = torch.split(scaled, [t.numel() for t in tensors])
+    yield from (part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
+
+
+class ProjectOut(torch.autograd.Function):
+    """The projection, which is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, impl: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Two products for each tensor."""
+        rows, bases = list(tensors[:count]), list(tensors[count:])
+        ctx.save_for_backward(*tensors)
+        ctx.count, ctx.impl = count, impl
+        return tuple(torch.ops.trimtab.project_out.default(rows, bases, impl))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        """Two products for each tensor; the bases' gradients come from the reference."""
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        rows, bases = tensors[: ctx.count], tensors[ctx.count :]
+        if wants_double_backward() or any(needs[ctx.count :]):
+            with torch.enable_grad():
+                leaves = [t if t.requires_grad else t.detach() for t in tensors]
+                outputs = reference.project_out(leaves[: ctx.count], leaves[ctx.count :])
+                grads = through_reference(outputs, tuple(leaves), needs, upstream)
+            return (None, None, *grads)
+        found = torch.ops.trimtab.project_out.default(
+            [g.to(t.dtype) for g, t in zip(upstream, rows, strict=True)], bases, ctx.impl
+        )
+        return (None, None, *found, *[None] * len(bases))

@@ -111,4 +111,38 @@ CONTRAST = Family(
     },
 )
 
-FAMILIES = {"token_loss": TOKEN_LOSS, "contrast": CONTRAST}
+ORTHOGONAL = Family(
+    axes=("M", "R", "r", "d"),
+    floors=("one read",),
+    about=_SPREAD
+    + (
+        "is the time over that of one read of all earlier rows from one block of memory (the "
+        "largest of their bits, as integers), unless said otherwise, measured in the same rounds; "
+        "the read tensor by tensor has a call for each. M modules have R earlier rows and r new "
+        "ones of width d, each the largest where they differ; every round goes round copies of "
+        "them; `GB/s` counts what the floor moves; `extra` is the peak of one call beyond inputs "
+        "and results; `error` is the largest against float64, relative to the largest true value, "
+        "over the value and the gradients. No product of the data is so close to 0 that rounding "
+        "decides its sign."
+    ),
+    modes={
+        "l1": "sum of absolute products, value + gradient; R 8 times the number of earlier tasks",
+        "all_linear": "the same for all seven products of a LLaMA layer, of which the last is of "
+        "width d and the others of width 4096 / 11008 d",
+        "tasks": "the same with one tensor of r rows for each earlier task, as PEFT keeps them",
+        "frobenius2": "sum of squared products, value + gradient",
+        "value": "sum of absolute products, value alone",
+        "both": "value + gradient for the new and the earlier rows; floor: one read of the "
+        "earlier rows, one write of their gradients",
+        "side_b": "the other factor of the update: columns of (d, R) and (d, r), value + gradient",
+        "ragged": "ranks and widths that differ from module to module, R/4 to R, r/4 to r, d/4 and "
+        "d, value + gradient",
+        "adapters": "gradients of n rows, as of adapters, without what lies in the span of k "
+        "orthonormal rows; floor: one read of both, one write of the results",
+        "gpm": "the same for gradients of square layers, as in GPM",
+    },
+    rate=GBPS,
+    axes_of={"project_out": ("M", "k", "n", "d")},
+)
+
+FAMILIES = {"token_loss": TOKEN_LOSS, "contrast": CONTRAST, "orthogonal": ORTHOGONAL}

@@ -15,7 +15,10 @@ FLOORS = frozenset(name for family in FAMILIES.values() for name in family.floor
 # Ours in one hue, told apart by the marker; the floor is a line without one.
 _OURS = {"trimtab native": "o", "trimtab triton": "s", "trimtab reference": "v"}
 _OURS_COLOUR = "#c1440e"
-_OTHERS = ("#1f4e79", "#3a7d44", "#7b5ea7", "#8c7a3d", "#4f9da6", "#6b6b6b", "#b0578d")
+_OTHERS = (
+    "#1f4e79", "#3a7d44", "#7b5ea7", "#8c7a3d", "#4f9da6", "#6b6b6b", "#b0578d",
+    "#d4a72c", "#8fb0d9", "#9dc08b",
+)  # fmt: skip
 _MARKERS = "^DPX<>*"
 
 

@@ -389,7 +389,9 @@ def _captured(
     side = cuda.Stream()
     side.wait_stream(cuda.current_stream())
     with cuda.stream(side):
-        step(copies[0])
+        # Each of them: tables of addresses, made for new tensors, can't be made while capturing.
+        for inputs in copies:
+            step(inputs)
     cuda.current_stream().wait_stream(side)
     graph = cuda.CUDAGraph()
     try:

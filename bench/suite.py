@@ -27,6 +27,7 @@ class Provider(NamedTuple):
     impl: str | None = None  # of ours
     checked: bool = True
     compiles: bool = False
+    capturable: bool = True  # False: its time is mostly the host's, which no graph replays
     # On a CPU only with --full, for this reason.
     costly: Callable[[Any], str | None] = always
     concerns: Callable[[Any], bool] = lambda case: True  # whether it is about such cases at all
@@ -45,7 +46,8 @@ class Provider(NamedTuple):
     def contender(self, case: Any) -> Contender:
         """What ``measure.race`` takes."""
         return Contender(
-            self.name, self.step(case), self.checked, self.compiles, case.capturable,
+            self.name, self.step(case), self.checked, self.compiles,
+            case.capturable and self.capturable,
             None if self.probe is None else self.probe(case), self.units(case),
         )  # fmt: skip
 

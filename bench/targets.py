@@ -13,6 +13,8 @@ Row = dict[str, Any]
 BASE = (2048, 1024, 32000)
 LLAMA = (8192, 4096, 128256)
 ROWS = (16, 128256)
+LLAMA_QV = (64, 112, 8, 4096)
+LLAMA_ALL_LINEAR = (224, 112, 8, 11008)
 
 
 class Target(NamedTuple):
@@ -45,6 +47,7 @@ TIME_OVER_PRODUCTS = "time over the products alone"
 TIME_OVER_EAGER = "time over eager's"
 TIME_OVER_READ = "time over one read of the rows"
 TIME_OVER_CHAIN = "time over the Hugging Face chain's"
+TIME_OVER_LOOP = "time over the flattened loop's"
 TIME_OVER_ALL_TOKENS = "time over that with every token"
 MEMORY_OVER_EAGER = "extra memory beyond a float32 accumulator, over eager's"
 ERROR_OVER_EAGER = "error over eager's, the worst of loss and gradients"
@@ -53,6 +56,7 @@ EXTRA_GIB = "GiB beyond inputs and gradients"
 
 _LCE = "linear_cross_entropy"
 _SAMPLE = "contrastive_sample"
+_PENALTY = "orthogonal_penalty"
 _BF16_ACCUMULATION = "trimtab triton, bf16 accumulation"
 
 TARGETS = (
@@ -86,6 +90,18 @@ TARGETS = (
     ),
     Target(
         "h200", _SAMPLE, "all", "bfloat16", (256, 128256), MILLISECONDS, 0.075, family="contrast"
+    ),
+    *(
+        Target(machine, _PENALTY, mode, dtype, shape, quantity, limit, family="orthogonal")
+        for machine, mode, dtype, shape, quantity, limit in (
+            ("cpu", "l1", "float32", LLAMA_QV, TIME_OVER_READ, 2.5),
+            ("cpu", "l1", "bfloat16", LLAMA_QV, TIME_OVER_READ, 2.5),
+            ("cpu", "l1", "float32", LLAMA_QV, TIME_OVER_LOOP, 1 / 3),
+            ("cpu", "l1", "bfloat16", LLAMA_QV, TIME_OVER_LOOP, 1 / 2),
+            ("h200", "l1", "bfloat16", LLAMA_QV, MILLISECONDS, 0.060),
+            ("h200", "l1", "bfloat16", LLAMA_QV, MILLISECONDS, 0.035),
+            ("h200", "all_linear", "bfloat16", LLAMA_ALL_LINEAR, MILLISECONDS, 0.150),
+        )
     ),
 )
 
@@ -180,6 +196,7 @@ _QUANTITIES: dict[str, Callable[[Row, Sequence[Row], Target], float | None]] = {
     TIME_OVER_READ: lambda row, rows, target: row["over_floor"],
     TIME_OVER_CHAIN: _time_over("Hugging Face chain"),
     TIME_OVER_EAGER: _time_over("eager"),
+    TIME_OVER_LOOP: _time_over("flattened loop"),
     TIME_OVER_ALL_TOKENS: _over_all_tokens,
     MEMORY_OVER_EAGER: _memory_over_eager,
     ERROR_OVER_EAGER: _error_over_eager,

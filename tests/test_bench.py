@@ -324,6 +324,8 @@ class FakeCuda:
 def test_a_round_on_cuda_goes_round_the_copies(capturable, pool, timing):
     cuda = FakeCuda(capturable)
     run, how = measure.cuda_round(cuda.step, ["a", "b", "c"], 7, pool, cuda)
+    # What a contender makes once for each set of tensors is there before the capture.
+    assert cuda.launched == (list("abc") if pool else [])
     cuda.launched.clear()
     assert run() == pytest.approx(1e-3)
     assert how == timing

@@ -26,6 +26,9 @@ try:
         importlib.import_module(name)
         for name in ("providers_token_loss", "providers_contrast", "figures", "report", "targets")
     )
+    orthogonal_cases, orthogonal_providers = (
+        importlib.import_module(name) for name in ("cases_orthogonal", "providers_orthogonal")
+    )
 finally:
     sys.path.remove(str(ROOT / "bench"))
 
@@ -33,7 +36,11 @@ MIB = 2**20
 
 
 def test_every_target_is_a_case_of_the_suite():
-    modules = {"token_loss": (cases, providers), "contrast": (contrast_cases, contrast_providers)}
+    modules = {
+        "token_loss": (cases, providers),
+        "contrast": (contrast_cases, contrast_providers),
+        "orthogonal": (orthogonal_cases, orthogonal_providers),
+    }
     for target in targets.TARGETS:
         suite, contenders = modules[target.family]
         found = suite.cases({"cpu": "cpu", "h200": "cuda"}[target.machine])
@@ -48,9 +55,13 @@ def test_the_reports_know_every_mode_and_floor():
     assert set(families.CONTRAST.modes) == {*contrast_cases.MODES, decoding.Case.mode}
     floors = {contrast_providers.READ, contrast_providers.PRODUCTS, decoding.FLOOR}
     assert set(families.CONTRAST.floors) == floors
-    assert floors | {providers.FLOOR} == figures.FLOORS
-    for case in [*contrast_cases.cases("cpu"), *decoding.cases("cpu")]:
-        assert len(families.CONTRAST.axes_for(case.op)) == len(case.describe()["shape"])
+    assert set(families.ORTHOGONAL.modes) == set(orthogonal_cases.MODES)
+    assert families.ORTHOGONAL.floors == (orthogonal_providers.READ,)
+    assert floors | {providers.FLOOR, orthogonal_providers.READ} == figures.FLOORS
+    suite = [*contrast_cases.cases("cpu"), *decoding.cases("cpu"), *orthogonal_cases.cases("cpu")]
+    for case in suite:
+        axes = families.FAMILIES[case.family].axes_for(case.op)
+        assert len(axes) == len(case.describe()["shape"])
 
 
 def test_targets_of_another_family_are_not_shown():

@@ -50,6 +50,8 @@ CXX_FLAGS = (
     f"-fno-math-errno -fno-trapping-math -Wall -Wextra {STABLE_ABI}"
 ).split()
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC before 13 warns of variables in its own AVX-512 header (GCC bug 105593).
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # The rounding of every operation is part of what these families promise.
 EXACT_FAMILIES = ("contrast",)
@@ -59,8 +61,8 @@ EXACT = ["-ffp-contract=off"]
 INSTRUCTION_SETS = {
     "": [],
     "_avx2": AVX2,
-    # GCC before 13 warns of variables in its own AVX-512 header (GCC bug 105593).
-    "_avx512": [*AVX2, *AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "_avx512": [*AVX2, *AVX512, *QUIET],
+    "_avx512bf16": [*AVX2, *AVX512, "-mavx512bf16", *QUIET],
 }
 NVCC_FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -DUSE_CUDA --expt-relaxed-constexpr "

@@ -21,20 +21,23 @@ inline bool allowed(const char* isa) {
 inline void refuse_unless_allowed(const char* isa) {
   if (!allowed(isa))
     throw std::runtime_error(
-        "TRIMTAB_CPU_ISA must be generic, avx2 or avx512 and what this processor has, got " +
+        "TRIMTAB_CPU_ISA must be generic, avx2, avx512 or avx512bf16 and what this processor has, "
+        "got " +
         std::string(std::getenv("TRIMTAB_CPU_ISA")) + "; unset it for the widest");
 }
 
 #if defined(__x86_64__)
-// A family has one table of functions per instruction set, with its name.
+// A family has one table of functions per instruction set, with its name; few have products of
+// bfloat16 pairs.
 template <class Table>
-const Table& table_for_this_processor(const Table& generic, const Table& avx2,
-                                      const Table& avx512) {
+const Table& table_for_this_processor(const Table& generic, const Table& avx2, const Table& avx512,
+                                      const Table* avx512bf16 = nullptr) {
   __builtin_cpu_init();
-  if (allowed(avx512.name) && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return avx512;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (wide && __builtin_cpu_supports("avx512bf16") && allowed("avx512bf16"))
+    return avx512bf16 ? *avx512bf16 : avx512;
+  if (wide && allowed(avx512.name)) return avx512;
   if (allowed(avx2.name) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return avx2;

@@ -14,7 +14,8 @@ using Tensors = std::vector<Tensor>;
 
 const OrthogonalTable& orthogonal_for_this_processor() {
 #if defined(__x86_64__)
-  return table_for_this_processor(generic_orthogonal, avx2_orthogonal, avx512_orthogonal);
+  return table_for_this_processor(generic_orthogonal, avx2_orthogonal, avx512_orthogonal,
+                                  &avx512bf16_orthogonal);
 #else
   refuse_unless_allowed(generic_orthogonal.name);
   return generic_orthogonal;
@@ -29,8 +30,8 @@ const OrthogonalFunctions<Element>& functions() {
 
 // Below this many products a second thread costs more than it does.
 constexpr int64_t kProductsPerThread = 131072;
-// Rows that one thread takes of a module: those of about a megabyte of float32.
-constexpr int64_t kSliceNumbers = 262144, kSliceRows = 64;
+// Rows that one thread takes of a module: those of two megabytes of float32, or 16 tasks of rank 8.
+constexpr int64_t kSliceNumbers = 524288, kSliceRows = 128;
 
 // Both depend on one module's shapes alone, so that its bits do.
 int64_t rows_in_slice(int64_t width) {
@@ -207,8 +208,8 @@ void orthogonal_penalty_rows(Tensors previous, std::vector<int64_t> counts, Tens
             earlier.add("previous", previous[tensor++], first_previous.scalar_type(), width);
           later.add("current", current[m], current[0].scalar_type(), width);
           const int64_t rows = earlier.size() - before, ranks = current[m].size(0);
-          slices.push_back({nullptr, rows, functions<Previous>().read, sizeof(Previous), nullptr,
-                            ranks, functions<Current>().read, width, factors ? factors[m] : Real{1},
+          slices.push_back({nullptr, rows, functions<Previous>().read, nullptr, ranks,
+                            functions<Current>().read, width, factors ? factors[m] : Real{1},
                             squared, 0.0, to_current, to_previous});
           if (to_current) to_current += ranks * width;
           if (to_previous) to_previous += rows * width;
@@ -223,7 +224,8 @@ void orthogonal_penalty_rows(Tensors previous, std::vector<int64_t> counts, Tens
           rank += module.current_count;
           penalty.add_module(module);
         }
-        const double sum = penalty.run(functions<Current>().overlap);
+        using Common = std::conditional_t<std::is_same_v<Previous, Current>, Current, Real>;
+        const double sum = penalty.run(functions<Common>().overlap);
         *static_cast<Real*>(value.data_ptr()) = static_cast<Real>(sum);
       }
     });

@@ -28,7 +28,6 @@ struct OverlapSlice {
   const RowRef* previous;
   int64_t previous_count;
   ReadRows<Real> read_previous;
-  int64_t previous_size;  // bytes of an element
   const RowRef* current;
   int64_t current_count;
   ReadRows<Real> read_current;
@@ -54,7 +53,7 @@ template <class Element>
 struct OrthogonalFunctions {
   using Real = typename Accumulate<Element>::type;
   ReadRows<Real> read;
-  void (*overlap)(OverlapSlice<Real>&);
+  void (*overlap)(OverlapSlice<Real>&);  // of rows that are Element on both sides
   void (*project)(const ProjectionSlice&);
 };
 
@@ -70,6 +69,7 @@ extern const OrthogonalTable generic_orthogonal;
 #if defined(__x86_64__)
 extern const OrthogonalTable avx2_orthogonal;
 extern const OrthogonalTable avx512_orthogonal;
+extern const OrthogonalTable avx512bf16_orthogonal;
 #endif
 
 }  // namespace trimtab

@@ -20,12 +20,15 @@ constexpr int64_t kGroup = 8;
 // Rows of each side whose products are summed at once: 16 sums in registers.
 constexpr int64_t kTile = 4;
 // Numbers of a block: 256 KiB of float32. The next one and the gradient fit into the cache with it.
-constexpr int64_t kBlock = 65536;
-// Columns of a panel: a group of rows, or of gradients, in the L1 cache.
-constexpr int64_t kPanel = 1024;
+constexpr int64_t kBlock = 65536, kMostRows = 64;
+// Columns of a panel: what it has of a group of rows, and of their combinations, is in the L1
+// cache.
+constexpr int64_t kPanel = 1024, kSmallestPanel = 128, kPanelNumbers = 8192;
+// Numbers of current rows that stay in the L2 cache beside what streams by.
+constexpr int64_t kStreamed = 131072;
 
-template <class Real>
-using RowPointers = std::vector<const Real*>;
+template <class Number>
+using RowPointers = std::vector<const Number*>;
 
 // Memory that nobody has written yet, from the begin of a cache line on.
 template <class Real>
@@ -44,39 +47,102 @@ class Buffer {
   Real* memory_;
 };
 
-int64_t rows_in_block(int64_t width) {
-  const int64_t fit = kBlock / std::max<int64_t>(width, 1) / kGroup * kGroup;
-  return std::min<int64_t>(std::max<int64_t>(fit, kGroup), 4 * kGroup);
+// With many ranks it is the gradient that is large, and more rows are worth a pass over it.
+int64_t rows_in_block(int64_t width, int64_t ranks) {
+  const int64_t fit = std::max(kBlock / std::max<int64_t>(width, 1), ranks);
+  return std::min(std::max(fit / kGroup * kGroup, kGroup), kMostRows);
+}
+
+int64_t panel_of(int64_t outs) {
+  const int64_t fit = kPanelNumbers / std::max<int64_t>(outs, 1) / kSmallestPanel * kSmallestPanel;
+  return std::min(std::max(fit, kSmallestPanel), kPanel);
+}
+
+// Distance of the rows of a scratch, so that they are not all in the same sets of the L1 cache.
+constexpr int64_t pitch_of(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+
+template <class Element>
+const Element* elements(const RowRef& row) {
+  return static_cast<const Element*>(row.data);
+}
+
+// Brings a row into the cache in the order of memory, which the processor foresees: one core reads
+// 34 GB/s so, and 13 where the rows of a tile come side by side, with software prefetch or without.
+template <class Element>
+void touch(const Element* row, int64_t width) {
+  const volatile char* const bytes = reinterpret_cast<const volatile char*>(row);
+  for (size_t byte = 0; byte < width * sizeof(Element); byte += 64) (void)bytes[byte];
+}
+
+// Transposes a square of vectors, in steps that swap ever larger quarters.
+inline void transpose(FloatVector (&x)[TRIMTAB_WIDTH]) {
+  for (int half = 1; half < TRIMTAB_WIDTH; half *= 2) {
+    IntVector low, high;
+    for (int lane = 0; lane < TRIMTAB_WIDTH; ++lane) {
+      low[lane] = lane & half ? TRIMTAB_WIDTH + lane - half : lane;
+      high[lane] = low[lane] + half;
+    }
+    for (int i = 0; i < TRIMTAB_WIDTH; ++i) {
+      if (i & half) continue;
+      const FloatVector a = x[i], b = x[i + half];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// Rows whose elements are apart in memory. Those of a transposed matrix are neighbours there, and
+// are read as many at a time as a vector holds.
+template <class Element>
+void gather_rows(const RowRef* rows, int64_t count, int64_t width, RealOf<Element>* scratch) {
+  constexpr int64_t lanes = TRIMTAB_WIDTH;
+  const int64_t pitch = pitch_of(width), step = rows[0].stride;
+  bool neighbours = count == lanes && std::is_same_v<RealOf<Element>, float>;
+  for (int64_t i = 1; i < count; ++i)
+    neighbours = neighbours && rows[i].stride == step &&
+                 elements<Element>(rows[i]) == elements<Element>(rows[0]) + i;
+  int64_t v = 0;
+  if constexpr (std::is_same_v<RealOf<Element>, float>)
+    for (; neighbours && v + lanes <= width; v += lanes) {
+      FloatVector square[TRIMTAB_WIDTH];
+      for (int64_t i = 0; i < lanes; ++i)
+        square[i] = Lanes<float>::load(elements<Element>(rows[0]) + (v + i) * step);
+      transpose(square);
+      for (int64_t i = 0; i < lanes; ++i) Lanes<float>::store(scratch + i * pitch + v, square[i]);
+    }
+  for (; v < width; ++v)
+    for (int64_t i = 0; i < count; ++i)
+      scratch[i * pitch + v] = to_real(elements<Element>(rows[i])[v * rows[i].stride]);
 }
 
 template <class Element>
 void read_rows(const RowRef* rows, int64_t count, int64_t width, RealOf<Element>* scratch,
                const RealOf<Element>** out) {
-  using L = Lanes<RealOf<Element>>;
-  bool gather = false;
-  for (int64_t i = 0; i < count; ++i) {
-    const Element* const row = static_cast<const Element*>(rows[i].data);
-    RealOf<Element>* const to = scratch + i * width;
+  using Real = RealOf<Element>;
+  const auto apart = [&](int64_t i) { return rows[i].stride != 1 && width > 1; };
+  for (int64_t i = 0; i < count;) {
+    Real* const to = scratch + i * pitch_of(width);
     out[i] = to;
-    if (rows[i].stride != 1 && width > 1) {
-      gather = true;
-    } else if constexpr (std::is_same_v<Element, RealOf<Element>>) {
+    if (apart(i)) {
+      int64_t end = i + 1;
+      while (end < count && end < i + TRIMTAB_WIDTH && apart(end)) ++end;
+      gather_rows<Element>(rows + i, end - i, width, to);
+      for (; ++i < end;) out[i] = scratch + i * pitch_of(width);
+      continue;
+    }
+    const Element* const row = elements<Element>(rows[i]);
+    if constexpr (std::is_same_v<Element, Real>) {
       out[i] = row;
+      touch(row, width);
     } else {
-      for (int64_t v = 0; v < width; v += L::width)
+      for (int64_t v = 0; v < width; v += Lanes<Real>::width)
         store_lanes(to + v, load_lanes(row + v, width - v), width - v);
     }
+    ++i;
   }
-  if (!gather) return;
-  // Column by column: rows that are columns in memory are neighbours there.
-  for (int64_t v = 0; v < width; ++v)
-    for (int64_t i = 0; i < count; ++i)
-      if (rows[i].stride != 1)
-        scratch[i * width + v] =
-            to_real(static_cast<const Element*>(rows[i].data)[v * rows[i].stride]);
 }
 
-// products[i * pitch + j] += sum over the columns [begin, end) of a_i b_j, for kTile rows of each.
+// products[i][j] = sum over the columns [begin, end) of a_i b_j, for kTile rows of each.
 template <class Real>
 void multiply_tile(const Real* const* a, const Real* const* b, int64_t begin, int64_t end,
                    Real (*products)[kTile]) {
@@ -97,42 +163,45 @@ void multiply_tile(const Real* const* a, const Real* const* b, int64_t begin, in
     for (int64_t j = 0; j < kTile; ++j) products[i][j] = L::sum(sums[i][j]);
 }
 
-// g (rows, ranks) = a b^T.
-template <class Real>
-void multiply(const Real* const* a, int64_t rows, const Real* const* b, int64_t ranks,
-              int64_t width, Real* g) {
-  std::fill(g, g + rows * ranks, Real{0});
-  const Real *tile_a[kTile], *tile_b[kTile];
+#if defined(__AVX512BF16__)
+// The same of bfloat16 numbers, in orthogonal_pairs.inl.
+void multiply_tile(const BFloat16* const* a, const BFloat16* const* b, int64_t begin, int64_t end,
+                   float (*products)[kTile]);
+#endif
+
+// g (rows, ranks) += a b^T over the columns [begin, end).
+template <class Number, class Real>
+void multiply_panel(const Number* const* a, int64_t rows, const Number* const* b, int64_t ranks,
+                    int64_t begin, int64_t end, Real* g) {
+  const Number *tile_a[kTile], *tile_b[kTile];
   Real products[kTile][kTile];
-  for (int64_t begin = 0; begin < width; begin += kPanel) {
-    const int64_t end = std::min(begin + kPanel, width);
-    for (int64_t i = 0; i < rows; i += kTile)
-      for (int64_t j = 0; j < ranks; j += kTile) {
-        // Past the last row, that row again: what comes of it is not kept.
-        for (int64_t k = 0; k < kTile; ++k) {
-          tile_a[k] = a[std::min(i + k, rows - 1)];
-          tile_b[k] = b[std::min(j + k, ranks - 1)];
-        }
-        multiply_tile(tile_a, tile_b, begin, end, products);
-        for (int64_t y = i; y < std::min(i + kTile, rows); ++y)
-          for (int64_t x = j; x < std::min(j + kTile, ranks); ++x)
-            g[y * ranks + x] += products[y - i][x - j];
+  for (int64_t j = 0; j < ranks; j += kTile)
+    for (int64_t i = 0; i < rows; i += kTile) {
+      // Past the last row, that row again: what comes of it is not kept.
+      for (int64_t k = 0; k < kTile; ++k) {
+        tile_a[k] = a[std::min(i + k, rows - 1)];
+        tile_b[k] = b[std::min(j + k, ranks - 1)];
       }
-  }
+      multiply_tile(tile_a, tile_b, begin, end, products);
+      for (int64_t y = i; y < std::min(i + kTile, rows); ++y)
+        for (int64_t x = j; x < std::min(j + kTile, ranks); ++x)
+          g[y * ranks + x] += products[y - i][x - j];
+    }
 }
 
-// Rows that are wanted soon: while the ones before are combined, memory has nothing to do.
-struct Ahead {
-  const RowRef* rows;
-  int64_t element_size;
-  void fetch(int64_t count, int64_t column, int64_t columns) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const char* const from = static_cast<const char*>(rows[i].data) + column * element_size;
-      for (int64_t byte = 0; byte < columns * element_size; byte += 64)
-        __builtin_prefetch(from + byte, 0, 2);
-    }
-  }
-};
+// g (rows, ranks) = a b^T.
+template <class Number, class Real>
+void multiply(const Number* const* a, int64_t rows, const Number* const* b, int64_t ranks,
+              int64_t width, Real* g) {
+  std::fill(g, g + rows * ranks, Real{0});
+  // Few rows at a time and all of their width: the processor foresees what is read in order. But
+  // where b is large, a panel of it is taken for all rows.
+  const int64_t step = ranks * width <= kStreamed ? kTile : std::max<int64_t>(rows, 1);
+  for (int64_t i = 0; i < rows; i += step)
+    for (int64_t begin = 0; begin < width; begin += kPanel / 2)
+      multiply_panel(a + i, std::min(step, rows - i), b, ranks, begin,
+                     std::min(begin + kPanel / 2, width), g + i * ranks);
+}
 
 // Coefficient of row i in the combination j.
 template <class Real>
@@ -146,15 +215,13 @@ struct Coefficients {
 // begins at 0, otherwise at what is there.
 template <int count, class Real>
 void combine_group(const Real* const* rows, Coefficients<Real> coefficients, Real* out,
-                   int64_t outs, int64_t pitch, int64_t begin, int64_t end, bool fresh,
-                   const Ahead* ahead) {
+                   int64_t outs, int64_t pitch, int64_t begin, int64_t end, bool fresh) {
   using L = Lanes<Real>;
   using Vector = typename L::Vector;
   // Two vectors of every row share a coefficient, where there are registers for them.
   constexpr int64_t pair = TRIMTAB_WIDTH == 16 ? 2 : 1, step = pair * L::width;
   int64_t v = begin;
   for (; v + step <= end; v += step) {
-    if (ahead) ahead->fetch(count, v, step);
     Vector x[pair][count];
     for (int k = 0; k < pair; ++k)
       for (int i = 0; i < count; ++i) x[k][i] = L::load(rows[i] + v + k * L::width);
@@ -180,27 +247,28 @@ void combine_group(const Real* const* rows, Coefficients<Real> coefficients, Rea
     }
 }
 
-// out (outs, width) = coefficients^T rows, added to what is there unless `fresh`.
+// out (outs, width) = coefficients^T rows, added to what is there unless `fresh`; its rows are
+// `pitch` apart.
 template <class Real>
 void combine(const Real* const* rows, int64_t count, Coefficients<Real> coefficients, Real* out,
-             int64_t outs, int64_t width, bool fresh, Ahead ahead = {}, int64_t ahead_count = 0) {
+             int64_t pitch, int64_t outs, int64_t width, bool fresh) {
   using Function = void (*)(const Real* const*, Coefficients<Real>, Real*, int64_t, int64_t,
-                            int64_t, int64_t, bool, const Ahead*);
-  if (count == 0 && fresh) std::fill(out, out + outs * width, Real{0});
+                            int64_t, int64_t, bool);
+  if (count == 0 && fresh)
+    for (int64_t j = 0; j < outs; ++j) std::fill_n(out + j * pitch, width, Real{0});
   static constexpr Function groups[kGroup] = {
       combine_group<1, Real>, combine_group<2, Real>, combine_group<3, Real>,
       combine_group<4, Real>, combine_group<5, Real>, combine_group<6, Real>,
       combine_group<7, Real>, combine_group<8, Real>,
   };
-  for (int64_t begin = 0; begin < width; begin += kPanel) {
-    const int64_t end = std::min(begin + kPanel, width);
+  const int64_t panel = panel_of(outs);
+  for (int64_t begin = 0; begin < width; begin += panel) {
+    const int64_t end = std::min(begin + panel, width);
     for (int64_t i = 0; i < count; i += kGroup) {
       auto some = coefficients;
       some.data += i * coefficients.row_stride;
-      const int64_t some_rows = std::min(kGroup, count - i);
-      const Ahead next{ahead.rows + i, ahead.element_size};
-      groups[some_rows - 1](rows + i, some, out, outs, width, begin, end, fresh && i == 0,
-                            i + some_rows <= ahead_count ? &next : nullptr);
+      groups[std::min(kGroup, count - i) - 1](rows + i, some, out, outs, pitch, begin, end,
+                                              fresh && i == 0);
     }
   }
 }
@@ -222,16 +290,27 @@ double slope_of(Real* g, int64_t count, Real weight, bool squared) {
   return value.value();
 }
 
+// Where a gradient is wanted, writes the one in a scratch times `factor`.
+template <class Real>
+void write_grad(const OverlapSlice<Real>& slice, const Real* scratch, Real factor) {
+  using L = Lanes<Real>;
+  if (!slice.grad_current) return;
+  for (int64_t j = 0; j < slice.current_count; ++j) {
+    const Real* const from = scratch + j * pitch_of(slice.width);
+    Real* const to = slice.grad_current + j * slice.width;
+    for (int64_t v = 0; v < slice.width; v += L::width)
+      store_lanes(to + v, load_lanes(from + v, slice.width - v) * factor, slice.width - v);
+  }
+}
+
 template <class Real>
 void overlap(OverlapSlice<Real>& slice) {
   const int64_t rows = slice.previous_count, ranks = slice.current_count, width = slice.width;
-  const int64_t most = std::min(rows_in_block(width), rows);
+  const int64_t most = std::min(rows_in_block(width, ranks), rows), pitch = pitch_of(width);
   RowPointers<Real> previous(most), current(ranks);
-  const Buffer<Real> previous_scratch(most * width), current_scratch(ranks * width);
-  const Buffer<Real> g(most * ranks);
+  const Buffer<Real> previous_scratch(most * pitch), current_scratch(ranks * pitch);
+  const Buffer<Real> g(most * ranks), grad(slice.grad_current ? ranks * pitch : 0);
   slice.read_current(slice.current, ranks, width, current_scratch.get(), current.data());
-  if (slice.grad_current && rows == 0)
-    std::fill(slice.grad_current, slice.grad_current + ranks * width, Real{0});
   WideSum<double> value;
   for (int64_t first = 0; first < rows; first += most) {
     const int64_t count = std::min(most, rows - first);
@@ -239,16 +318,15 @@ void overlap(OverlapSlice<Real>& slice) {
                         previous.data());
     multiply(previous.data(), count, current.data(), ranks, width, g.get());
     value.add(slope_of(g.get(), count * ranks, slice.weight, slice.squared));
-    if (slice.grad_current) {
-      const Ahead ahead{slice.previous + first + count, slice.previous_size};
-      const bool neighbours = slice.previous[first].stride == 1;
-      combine<Real>(previous.data(), count, {g.get(), ranks, 1}, slice.grad_current, ranks, width,
-                    first == 0, ahead, neighbours ? rows - first - count : 0);
-    }
+    if (slice.grad_current)
+      combine<Real>(previous.data(), count, {g.get(), ranks, 1}, grad.get(), pitch, ranks, width,
+                    first == 0);
     if (slice.grad_previous)
       combine<Real>(current.data(), ranks, {g.get(), 1, ranks}, slice.grad_previous + first * width,
-                    count, width, true);
+                    width, count, width, true);
   }
+  if (rows == 0 && slice.grad_current) std::fill_n(grad.get(), ranks * pitch, Real{0});
+  write_grad(slice, grad.get(), Real{1});
   slice.value = value.value() * static_cast<double>(slice.weight);
 }
 
@@ -256,28 +334,48 @@ template <class Element>
 void project(const ProjectionSlice& slice) {
   using Real = RealOf<Element>;
   using L = Lanes<Real>;
-  const int64_t ranks = slice.basis_count, width = slice.width;
+  const int64_t ranks = slice.basis_count, width = slice.width, pitch = pitch_of(width);
   const int64_t most = std::min(kGroup, slice.tensor_count);
   RowPointers<Real> tensor(most), basis(ranks);
-  const Buffer<Real> tensor_scratch(most * width), left(most * width);
-  const Buffer<Real> basis_scratch(ranks * width), g(most * ranks);
+  const Buffer<Real> tensor_scratch(most * pitch), basis_scratch(ranks * pitch);
+  const Buffer<Real> inside(most * pitch), g(most * ranks);
   read_rows<Element>(slice.basis, ranks, width, basis_scratch.get(), basis.data());
   for (int64_t first = 0; first < slice.tensor_count; first += most) {
     const int64_t count = std::min(most, slice.tensor_count - first);
     read_rows<Element>(slice.tensor + first, count, width, tensor_scratch.get(), tensor.data());
-    if (ranks > 0) multiply(tensor.data(), count, basis.data(), ranks, width, g.get());
-    for (int64_t i = 0; i < count * ranks; ++i) g[i] = -g[i];
-    for (int64_t i = 0; i < count; ++i)
-      std::copy(tensor[i], tensor[i] + width, left.get() + i * width);
-    combine<Real>(basis.data(), ranks, {g.get(), 1, ranks}, left.get(), count, width, false);
-    Element* const out = static_cast<Element*>(slice.out) + first * width;
-    for (int64_t v = 0; v < count * width; v += L::width)
-      store_lanes(out + v, load_lanes(left.get() + v, count * width - v), count * width - v);
+    multiply(tensor.data(), count, basis.data(), ranks, width, g.get());
+    // Summed apart, then subtracted: one rounding of the tensor's size instead of one per rank.
+    combine<Real>(basis.data(), ranks, {g.get(), 1, ranks}, inside.get(), pitch, count, width,
+                  true);
+    for (int64_t i = 0; i < count; ++i) {
+      Element* const out = static_cast<Element*>(slice.out) + (first + i) * width;
+      for (int64_t v = 0; v < width; v += L::width)
+        store_lanes(out + v,
+                    load_lanes(tensor[i] + v, width - v) -
+                        load_lanes(inside.get() + i * pitch + v, width - v),
+                    width - v);
+    }
   }
 }
 
+}  // namespace
+}  // namespace TRIMTAB_ISA
+}  // namespace trimtab
+
+#if defined(__AVX512BF16__)
+#include "cpu/orthogonal_pairs.inl"
+#endif
+
+namespace trimtab {
+namespace TRIMTAB_ISA {
+namespace {
+
 template <class Element>
 constexpr OrthogonalFunctions<Element> orthogonal_functions() {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Element, BFloat16>)
+    return {read_rows<Element>, overlap_of_pairs, project<Element>};
+#endif
   return {read_rows<Element>, overlap<RealOf<Element>>, project<Element>};
 }
 

@@ -10,7 +10,10 @@
 
 #include "common/dtype.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#define TRIMTAB_ISA avx512bf16
+#define TRIMTAB_WIDTH 16
+#elif defined(__AVX512F__)
 #define TRIMTAB_ISA avx512
 #define TRIMTAB_WIDTH 16
 #elif defined(__AVX2__)
@@ -139,13 +142,24 @@ struct Lanes<float> {
 #endif
   }
 
+  // The upper half is added to the lower one until a number is left.
   static float sum(Vector x) {
-    float parts[width];
-    store(parts, x);
-    for (int64_t half = width / 2; half > 0; half /= 2)
-      for (int64_t lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
-    return parts[0];
+#if TRIMTAB_WIDTH == 16
+    const __m512 wide = bits_of<__m512>(x);
+    return sum_of_8(_mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1)));
+#elif TRIMTAB_WIDTH == 8
+    return sum_of_8(bits_of<__m256>(x));
+#else
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
   }
+#if TRIMTAB_WIDTH >= 8
+  static float sum_of_8(__m256 x) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+#endif
   static float maximum(Vector x) {
     float best = x[0];
     for (int lane = 1; lane < width; ++lane) best = x[lane] > best ? x[lane] : best;

@@ -115,7 +115,8 @@ _LIB.define(
     f"orthogonal_penalty({_PENALTY}, bool[2] needs_grad, str impl) "
     "-> (Tensor value, Tensor grad_current, Tensor grad_previous)"
 )
-_LIB.define("project_out(Tensor[] tensors, Tensor[] bases, str impl) -> Tensor[]")
+# Flat like the gradients: operators may not return tensors that share memory.
+_LIB.define("project_out(Tensor[] tensors, Tensor[] bases, str impl) -> Tensor")
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -228,5 +229,5 @@ def _(previous: list[Tensor], counts: list[int], current: list[Tensor], *options
 
 
 @torch.library.register_fake("trimtab::project_out", lib=_LIB)
-def _(tensors: list[Tensor], bases: list[Tensor], impl: str) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in tensors]
+def _(tensors: list[Tensor], bases: list[Tensor], impl: str) -> Tensor:
+    return tensors[0].new_empty(sum(t.numel() for t in tensors))

@@ -1,0 +1,1 @@
+#include "cpu/orthogonal_rows.inl"

@@ -96,6 +96,8 @@ def measure(compiled: Any, dump: Path) -> dict[str, int]:
         "warps": compiled.metadata.num_warps,
         "wide loads": count(r"\bld\.global\S*\.v4\.b32"),
         "wide stores": count(r"\bst\.global\S*\.v4\.b32"),
+        "wide copies": count(r"\bcp\.async\.c[ag]\.shared\.global[^;]*, (?:0x10|16)\b"),
+        "tensor products": count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\."),
         "uses of a row": count(rf"{row}\b", "ttir") - 1,
         "uses of a row in 64 bits": count(rf"arith\.extsi {row} : i32 to i64", "ttir"),
         "doubles": count(r"\.f64\b"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         row_token_ids,
         token_nll,
     )
+    from trimtab.algorithms.gradient_projection import GradientProjection
     from trimtab.algorithms.inverse_q import (
         ClippedSurrogate,
         GivenPolicy,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         PrinciplePrompt,
         ReverseKL,
     )
+    from trimtab.algorithms.olora import OLoRA
     from trimtab.algorithms.self_contrastive import (
         HELPFUL_PROMPT,
         SAFETY_PROMPT,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         self_contrastive_generate,
         self_contrastive_inputs,
     )
+    from trimtab.integrations.peft import OLoRACallback
     from trimtab.ops import explain
     from trimtab.ops.contrast import (
         Sampled,
@@ -80,6 +83,9 @@ _HOME = {
     "choose_regularization": "trimtab.algorithms.capability_salience",
     "row_token_ids": "trimtab.algorithms.capability_salience",
     "token_nll": "trimtab.algorithms.capability_salience",
+    "GradientProjection": "trimtab.algorithms.gradient_projection",
+    "OLoRA": "trimtab.algorithms.olora",
+    "OLoRACallback": "trimtab.integrations.peft",
     "HELPFUL_PROMPT": "trimtab.algorithms.self_contrastive",
     "SAFETY_PROMPT": "trimtab.algorithms.self_contrastive",
     "ContrastiveBranch": "trimtab.algorithms.self_contrastive",
@@ -106,12 +112,15 @@ __all__ = [
     "ContrastiveBranch",
     "ContrastiveLogitsProcessor",
     "GivenPolicy",
+    "GradientProjection",
     "HeadWeights",
     "Imitation",
     "InverseQ",
     "InverseQConfig",
     "InverseQTrainer",
     "LogpRatio",
+    "OLoRA",
+    "OLoRACallback",
     "PrinciplePrompt",
     "ReverseKL",
     "Sampled",

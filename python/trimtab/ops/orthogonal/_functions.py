@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab._schemas import result_dtype
-from trimtab.ops._autograd import through_reference, wants_double_backward
+from trimtab.ops._autograd import graph_is_kept, through_reference, wants_double_backward
 from trimtab.reference import orthogonal as reference
 
 
@@ -112,9 +112,18 @@ def _blocks(flat: Tensor, tensors: list[Tensor], upstream: Tensor) -> Iterator[T
     if not tensors or flat.numel() == 0:
         yield from (None if t.numel() else torch.zeros_like(t) for t in tensors)
         return
-    scaled = flat.new_empty(flat.shape, dtype=tensors[0].dtype)
-    torch.mul(flat, upstream, out=scaled)
-    yield from split_like(scaled, tensors)
+    yield from split_like(_scaled(flat, upstream, tensors[0].dtype), tensors)
+
+
+def _scaled(flat: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """``upstream * flat``, rounded once; in place where nothing needs ``flat`` again."""
+    on_cpu = flat.device.type == "cpu"
+    if graph_is_kept() or (flat.dtype != dtype and not on_cpu):
+        return torch.mul(flat, upstream, out=flat.new_empty(flat.shape, dtype=dtype))
+    # Fresh memory would cost a CPU more than the product, and on one a 1 is seen for free.
+    if not (on_cpu and float(upstream) == 1.0):
+        flat.mul_(upstream)
+    return flat.to(dtype)
 
 
 class ProjectOut(torch.autograd.Function):

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-_NEEDED = ("transformers", "tokenizers", "matplotlib", "tqdm")
+_NEEDED = ("transformers", "peft", "tokenizers", "matplotlib", "tqdm")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.demo import inverse_q, salience, self_contrastive, speed
+from trimtab.demo import inverse_q, olora, salience, self_contrastive, speed
 from trimtab.demo.section import Section
 
 SECTIONS: dict[str, Section] = {
@@ -11,6 +11,7 @@ SECTIONS: dict[str, Section] = {
         salience.SECTION,
         self_contrastive.SECTION,
         inverse_q.SECTION,
+        olora.SECTION,
         speed.SECTION,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,83 @@ def test_old_peft_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft, "__version__", "0.12.9")
     with pytest.raises(ImportError, match=r"PEFT 0.13 or later, got 0.12.9; pip install"):
         make_tasks(ranks=(3,))
+
+
+@pytest.mark.parametrize("name", ["0", "model", "q_proj", "weight", "lora_A", "train", "keys"])
+def test_names_that_peft_mixes_up_with_weights(name: str) -> None:
+    """PEFT leaves out of a file what has another task's name anywhere among its words."""
+    olora = make_tasks()
+    with pytest.raises(ValueError, match="name must not be a word in the names of parameters"):
+        olora.start_task(name, make_config())
+    assert (olora.task, olora.finished) == ("t2", ["t0", "t1"])
+
+
+def test_a_first_adapter_with_such_a_name() -> None:
+    model = peft.get_peft_model(make_base(), make_config(), adapter_name="q_proj")
+    with pytest.raises(ValueError, match="name must not be a word in the names of parameters"):
+        OLoRA(model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_rewrite_the_base(init: str) -> None:
+    olora = make_tasks()
+    with pytest.raises(ValueError, match="init_lora_weights must leave the base as it is"):
+        olora.start_task("t3", make_config(init_lora_weights=init))
+    assert olora.task == "t2"
+
+
+def test_saving_after_a_merge(tmp_path: Path) -> None:
+    """It would put files without weights over good ones."""
+    olora = make_tasks()
+    olora.save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    olora.merge()
+    with pytest.raises(RuntimeError, match="model must have LoRA layers, got none, as after merge"):
+        olora.save(tmp_path)
+    assert len(before) == 3
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_merging_into_a_weight_that_is_tied() -> None:
+    base = make_base(tie_word_embeddings=True)
+    model = peft.get_peft_model(base, make_config(target_modules=["lm_head"]), adapter_name="t0")
+    olora = OLoRA(model)
+    with pytest.raises(ValueError, match="must not tie a weight that has LoRA"):
+        olora.merge()
+    assert olora.task == "t0"
+
+
+def test_a_refused_merge_leaves_the_task_in_training() -> None:
+    model = peft.inject_adapter_in_model(make_config(), make_base(), adapter_name="t0")
+    olora = OLoRA(model)
+    with pytest.raises(ValueError, match=r"must be a peft\.PeftModel to merge"):
+        olora.merge()
+    assert olora.task == "t0"
+
+
+def test_gradients_of_a_finished_task_are_gone() -> None:
+    """An optimizer from before, or clipping, would still use them."""
+    olora = make_tasks()
+    olora.penalty().backward()
+    assert any(p.grad is not None for p in olora.parameters())
+    olora.start_task("t3", make_config())
+    finished = [p for n, p in olora.model.named_parameters() if "lora_" in n and ".t3." not in n]
+    assert finished
+    assert all(p.grad is None for p in finished)
+
+
+def test_a_finished_task_thawed_in_one_layer_is_frozen_again() -> None:
+    olora = make_tasks()
+    thawed = [p for n, p in olora.model.named_parameters() if ".t0." in n and "layers.1" in n]
+    assert thawed
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+    olora.penalty()
+    assert not any(parameter.requires_grad for parameter in thawed)
+
+
+def test_side_and_norm_are_fixed() -> None:
+    olora = make_tasks()
+    for name in ("side", "norm"):
+        with pytest.raises(AttributeError):
+            setattr(olora, name, "B")

@@ -159,7 +159,7 @@ def test_the_scale_of_fp16_is_that_of_the_loss() -> None:
     optimizer = torch.optim.SGD(olora.parameters(), lr=0.1)
     optimizer.scaler = scaler  # as accelerate's AcceleratedOptimizer has it
     callback = OLoRACallback(olora)
-    callback.on_step_begin(None, None, None, optimizer=optimizer)
+    callback.on_step_begin(None, transformers.TrainerState(), None, optimizer=optimizer)
     batch = {
         name: torch.stack([row[name] for row in dataset(2)]) for name in ("input_ids", "labels")
     }
@@ -189,6 +189,8 @@ def test_nothing_is_synchronised_until_trainer_logs(tmp_path: Path) -> None:
         values.append(float(olora.penalty().detach()))
         with NoSynchronisation():
             callback.on_step_begin(None, state, None)
+        state.global_step += 1
+        callback.on_step_end(None, state, None)
         with torch.no_grad():
             olora.parameters()[0].mul_(2.0)
     for other in ({"eval_loss": 1.0}, None):
@@ -198,6 +200,30 @@ def test_nothing_is_synchronised_until_trainer_logs(tmp_path: Path) -> None:
     assert logs["olora_penalty"] == pytest.approx(sum(values) / 3, rel=1e-6)
     callback.on_log(None, state, None, logs=(later := {"loss": 1.0}))
     assert later == {"loss": 1.0}
+
+
+def test_a_step_that_is_begun_twice_has_the_penalty_once() -> None:
+    """Trainer does so where an epoch of unknown length ends amid the micro-batches of a step."""
+    olora = make_tasks()
+    callback, state = OLoRACallback(olora), transformers.TrainerState()
+    callback.on_step_begin(None, state, None)
+    once = [None if p.grad is None else p.grad.clone() for p in olora.parameters()]
+    callback.on_step_begin(None, state, None)
+    for parameter, grad in zip(olora.parameters(), once, strict=True):
+        assert (parameter.grad is None and grad is None) or torch.equal(parameter.grad, grad)
+    assert any(grad is not None for grad in once)
+
+
+def test_a_loop_without_beginnings_is_noticed() -> None:
+    callback, state = OLoRACallback(make_tasks()), transformers.TrainerState()
+    state.global_step = 1
+    with pytest.raises(RuntimeError, match="must call on_step_begin before each step"):
+        callback.on_step_end(None, state, None)
+
+
+def test_the_callback_takes_an_olora() -> None:
+    with pytest.raises(TypeError, match="olora must be an OLoRA, got PeftModel"):
+        OLoRACallback(make_tasks().model)
 
 
 def test_logs_are_means_and_reach_a_reporter_behind(tmp_path: Path) -> None:

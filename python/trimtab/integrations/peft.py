@@ -63,7 +63,10 @@ class OLoRACallback(TrainerCallback):
 
     def __init__(self, olora: OLoRA) -> None:
         super().__init__()
+        if not isinstance(olora, OLoRA):
+            raise TypeError(f"olora must be an OLoRA, got {type(olora).__name__}; use OLoRA(model)")
         self.olora = olora
+        self._written: int | None = None
         self._sum: Any = 0.0
         self._count = 0
 
@@ -100,15 +103,31 @@ class OLoRACallback(TrainerCallback):
             # PEFT saves there is "default".
             others = [task for task in olora.tasks() if task != "default"]
             model.base_model.active_adapter = ["default", *others]
-        self._sum, self._count = 0.0, 0
+        self._sum, self._count, self._written = 0.0, 0, None
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
         """The gradient: the parameters are those of all backward passes of the step."""
+        # Trainer begins a step again whose micro-batches an epoch's end has cut short.
+        if self._written == state.global_step:
+            return
+        self._written = state.global_step
         value = self.olora.accumulate_grads(getattr(optimizer, "scaler", None))
         self._sum = self._sum + value
         self._count += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Notices a loop that never begins a step.
+
+        Raises:
+            RuntimeError: the step that has ended was without the penalty.
+        """
+        if self._written != state.global_step - 1:
+            raise RuntimeError(
+                "Trainer must call on_step_begin before each step with OLoRACallback, got a step "
+                "without it; add olora.penalty() to the loss in compute_loss instead"
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Adds the mean penalty to the losses that are logged."""

@@ -33,9 +33,10 @@ from trimtab.algorithms.olora.overlap import module_name, overlap_table, princip
 from trimtab.algorithms.olora.peft_model import (
     add_adapter,
     check_config,
+    check_mergeable,
+    check_name,
     check_peft,
     find_active_task,
-    merge_adapters,
     note_active,
 )
 from trimtab.algorithms.olora.subspaces import Subspaces
@@ -101,14 +102,25 @@ class OLoRA:
                     f"{name} must be one of {known}, got {value!r}; {known[0]!r} is the released "
                     "code"
                 )
-        self.model, self.norm, self.side, self.impl = model, norm, side, impl
+        self.model, self._norm, self._side, self.impl = model, norm, side, impl
         self.lamda_1, self.lamda_2 = lamda_1, lamda_2
         self._factors()
         check_peft()
         self._current: str | None = find_active_task(model)
-        for place, config in enumerate(model.peft_config.values()):
+        for place, (name, config) in enumerate(model.peft_config.items()):
             check_config(config, place)
+            check_name(model, name)
         self.activate()
+
+    @property
+    def norm(self) -> str:
+        """As given."""
+        return self._norm
+
+    @property
+    def side(self) -> str:
+        """As given."""
+        return self._side
 
     @property
     def task(self) -> str | None:
@@ -149,6 +161,7 @@ class OLoRA:
                 f"name must be new and not 'default', got {name!r}; PEFT saves 'default' in "
                 "another place, where Trainer does not look once there are other adapters"
             )
+        check_name(self.model, name)
         check_config(config, len(self.model.peft_config))
         self.activate()  # says what is wrong before anything is changed
         before = self._current
@@ -338,12 +351,14 @@ class OLoRA:
             The base model, without adapters.
 
         Raises:
-            ValueError: not a ``PeftModel``, or DoRA among several adapters and PEFT before 0.21,
-                which would merge something else.
+            ValueError: not a ``PeftModel``, a weight with LoRA that is tied to another, or DoRA
+                among several adapters and PEFT before 0.21: it would merge something else.
         """
+        tasks = self.tasks()
+        check_mergeable(self.model, tasks)
         if self._current is not None:
             self.finish_task()
-        return merge_adapters(self.model, self.tasks())
+        return self.model.merge_and_unload(adapter_names=tasks)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves all tasks as PEFT does, and their order and the settings in ``olora.json``.
@@ -357,6 +372,7 @@ class OLoRA:
 
         Raises:
             ValueError: not a ``PeftModel``.
+            RuntimeError: the model was merged.
         """
         from trimtab.algorithms.olora import files
 

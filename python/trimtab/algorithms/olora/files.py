@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.algorithms.olora.layers import lora_layers
 from trimtab.algorithms.olora.peft_model import check_config, check_peft, need_peft_model
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ def folder_of(path: str | os.PathLike[str], task: str) -> Path:
 def save(olora: OLoRA, path: str | os.PathLike[str]) -> None:
     """Adapters and index; the index last, so that a folder with one is complete."""
     need_peft_model(olora.model, "save")
+    if not lora_layers(olora.model):
+        raise RuntimeError(
+            "model must have LoRA layers, got none, as after merge; save before, or save the model "
+            "that merge returned"
+        )
+    (Path(path) / INDEX).unlink(missing_ok=True)
     olora.model.save_pretrained(str(path), selected_adapters=list(olora.model.peft_config))
     save_index(olora, path)
 

@@ -104,6 +104,8 @@ def freeze(layer: Any, tasks: Iterable[str]) -> None:
             layer.frozen_peft_weight_names = marks
         for parameter in adapter_parameters(layer, task):
             parameter.requires_grad_(False)
+            # The last step's: an optimizer that still has it would train on.
+            parameter.grad = None
 
 
 def thaw(layer: Any, task: str) -> None:

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from trimtab.algorithms.olora.layers import adapter_of, adapter_parameters, lora_layers
 
 MIN_PEFT = "0.13"
@@ -20,6 +22,10 @@ _REFUSED = {
     "target_parameters": "factors of several experts share a matrix: target modules",
     "layer_replication": "a second adapter would replicate the layers again: replicate before",
 }
+
+
+# Ways to begin that put a part of the base into the adapter.
+_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_peft() -> None:
@@ -90,10 +96,38 @@ def check_config(config: Any, place: int) -> None:
             f"bias must be 'none' in O-LoRA, got {config.bias!r}; biases of the base are shared by "
             "all tasks, so that a later one would change the earlier: use lora_bias=True"
         )
+    init = str(getattr(config, "init_lora_weights", True))
+    if init.split("_niter")[0] in _REWRITING:
+        raise ValueError(
+            f"init_lora_weights must leave the base as it is, got {init!r}; it rewrites the base, "
+            "which all tasks share: use True, 'gaussian' or 'orthogonal'"
+        )
     if place and config.use_dora and config.lora_dropout:
         raise ValueError(
             f"lora_dropout must be 0 with use_dora behind other tasks, got {config.lora_dropout}; "
             "PEFT scales what they add in evaluation, but not in training with dropout"
+        )
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Whether PEFT can tell an adapter's weights from others by its name.
+
+    Raises:
+        ValueError: it is part of the name of a parameter, or of a method of ``nn.ModuleDict``.
+    """
+    parts: set[str] = set()
+    for full, _ in model.named_parameters():
+        words = full.split(".")
+        # What stands behind lora_A and the like is the name of an adapter.
+        parts.update(
+            word
+            for before, word in zip(["", *words], words, strict=False)
+            if not before.startswith("lora_")
+        )
+    if name in parts or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"name must not be a word in the names of parameters, got {name!r}; PEFT would leave "
+            "weights out of what it saves: take another, such as 'task_0'"
         )
 
 
@@ -149,11 +183,11 @@ def need_peft_model(model: Any, what: str) -> None:
         )
 
 
-def merge_adapters(model: Any, tasks: Sequence[str]) -> Any:
-    """Merges tasks into the base weights, in their order.
+def check_mergeable(model: Any, tasks: Sequence[str]) -> None:
+    """Whether PEFT's merge gives what the adapters compute.
 
     Raises:
-        ValueError: PEFT would not merge what the adapters compute.
+        ValueError: it would not.
     """
     import peft
     from packaging.version import parse
@@ -166,4 +200,13 @@ def merge_adapters(model: Any, tasks: Sequence[str]) -> Any:
             f"use_dora must be False to merge several tasks with PEFT {peft.__version__}, got "
             f"{dora} with it; use PEFT 0.21 or later"
         )
-    return model.merge_and_unload(adapter_names=list(tasks))
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for name, layer in lora_layers(model).items():
+        if users.get(id(getattr(layer.get_base_layer(), "weight", None)), 1) > 1:
+            raise ValueError(
+                f"model must not tie a weight that has LoRA to another to merge, got {name}; the "
+                "other would change too: untie them before"
+            )

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.algorithms.olora.layers import SIDES, Slot, adapter_of, rows, slots
+from trimtab.algorithms.olora.layers import (
+    SIDES,
+    Slot,
+    adapter_of,
+    adapter_parameters,
+    rows,
+    slots,
+)
 
 
 class Compared(NamedTuple):
@@ -47,7 +54,10 @@ class Subspaces:
         # PEFT adds and deletes an adapter in all layers at once: the first one tells of all.
         self._firsts: dict[str, tuple[Any, Any, list[Slot]]] = {}
         held: list[Slot] = []
+        self._frozen: list[Tensor] = []
         for name, layer in layers.items():
+            for task in finished:
+                self._frozen += adapter_parameters(layer, task)
             pairs = {task: slots(name, layer, task) for task in (*finished, current) if task}
             pairs = {task: pair for task, pair in pairs.items() if pair}
             for task, pair in pairs.items():
@@ -90,12 +100,8 @@ class Subspaces:
         )  # fmt: skip
 
     def thawed(self) -> bool:
-        """Whether something turned on the gradients of a finished task, as PEFT below 0.21 does."""
-        return any(
-            slot.tensor().requires_grad
-            for task in self.finished if task in self._firsts
-            for slot in self._firsts[task][2]
-        )  # fmt: skip
+        """Whether something turned on gradients of a finished task, as PEFT below 0.21 does."""
+        return any(parameter.requires_grad for parameter in self._frozen)
 
     def problem(self) -> str | None:
         """Why a forward pass would not be that of all tasks with the current one in training."""

@@ -117,13 +117,10 @@ def _blocks(flat: Tensor, tensors: list[Tensor], upstream: Tensor) -> Iterator[T
 
 def _scaled(flat: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """``upstream * flat``, rounded once; in place where nothing needs ``flat`` again."""
-    on_cpu = flat.device.type == "cpu"
-    if graph_is_kept() or (flat.dtype != dtype and not on_cpu):
+    if graph_is_kept() or (flat.dtype != dtype and flat.device.type != "cpu"):
         return torch.mul(flat, upstream, out=flat.new_empty(flat.shape, dtype=dtype))
-    # Fresh memory would cost a CPU more than the product, and on one a 1 is seen for free.
-    if not (on_cpu and float(upstream) == 1.0):
-        flat.mul_(upstream)
-    return flat.to(dtype)
+    # Fresh memory would cost a CPU more than the product.
+    return flat.mul_(upstream).to(dtype)
 
 
 class ProjectOut(torch.autograd.Function):

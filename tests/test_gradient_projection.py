@@ -224,6 +224,36 @@ def test_bases_can_be_saved():
     assert all(torch.equal(fresh.bases[n], q) for n, q in projection.bases.items())
 
 
+def test_a_head_tied_to_an_embedding_is_protected():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(4, 9)  # before the head, whose name is then the second one
+            self.head = nn.Linear(9, 4, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.first(x)))
+
+    model, old = Tied(), low_rank(30, 2)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    projection = GradientProjection(model)
+    projection.attach(optimizer)
+    projection.protect([{"x": old}], energy=1.0)
+    projection.load_state_dict(projection.state_dict())
+    kept = model(old).detach()
+    train(model, optimizer, steps=10)
+    assert max_error(model(old), kept) <= 1e-4 * float(kept.abs().max())
+
+
+def test_layers_that_share_a_weight_are_refused():
+    model = Net()
+    model.third = nn.Linear(12, 9, bias=False)
+    model.third.weight = model.first.weight
+    with pytest.raises(ValueError, match="must not share a weight between linear layers"):
+        GradientProjection(model).protect([{"x": torch.randn(9, 12)}])
+
+
 def test_lora_weights_are_linear_layers_too():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["first", "second"]))

@@ -147,6 +147,29 @@ def test_zero_rows_have_zero_gradient(case):
     assert not current.grad.any()
 
 
+def test_second_derivatives_of_tensors_made_of_each_other(case):
+    previous, first = normal(4, 5).to(case.device), normal(2, 5).to(case.device).requires_grad_()
+
+    def second(function):
+        value = function([previous, previous], [first, 2.0 * first])
+        (grad,) = torch.autograd.grad(value, first, create_graph=True)
+        return grad, torch.autograd.grad(grad.square().sum(), first)[0]
+
+    def plain(p, c):
+        return sum((a @ b.mT).square().sum() for a, b in zip(p, c, strict=True))
+
+    ours, expected = second(penalty(case, "frobenius2")), second(plain)
+    for found, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+def test_overflow_is_infinite_not_unknown(case):
+    large = torch.full((2, 3), 1e30, device=case.device)
+    assert penalty(case, "frobenius2")([large], [large]).item() == math.inf
+    large[0, 0] = math.inf
+    assert penalty(case)([large], [torch.ones(2, 3, device=case.device)]).item() == math.inf
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_shows(case, bad):
     previous, current = modules(ODD[2:5], device=case.device)

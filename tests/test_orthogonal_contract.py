@@ -45,7 +45,11 @@ PENALTY_ERRORS = [
     (ValueError, "weight must be on cpu", {"weight": torch.ones(1, device="meta")}),
     (ValueError, "weight must be finite", {"weight": [math.nan]}),
     (ValueError, "weight must be finite", {"weight": torch.tensor([math.inf])}),
+    (ValueError, "weight must be finite", {"weight": [1e300]}),
+    (ValueError, "weight must be finite", {"weight": [10**400]}),
+    (ValueError, "norm must be", {"norm": [1]}),
     (ValueError, "impl must be one of", {"impl": "cuda"}),
+    (ValueError, "impl must be one of", {"previous": [], "current": [], "impl": "cuda"}),
 ]
 PROJECT_ERRORS = [
     (TypeError, "tensors must be a sequence of 2-D tensors, got Tensor", {"tensors": C}),
@@ -131,6 +135,30 @@ def test_compile_of_the_projection(case):
 
     for ours, plain in zip(compiled(step)(tensors), step(tensors), strict=True):
         assert_same_bits(ours, plain)
+
+
+@pytest.mark.op("project_out")
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile_of_one_pair_and_of_repeated_tensors(case, grad):
+    t, q = torch.randn(3, 6, device=case.device), torch.eye(6, device=case.device)[:2]
+
+    def run(function):
+        leaf = t.clone().requires_grad_(grad)
+        outputs = function(leaf)
+        if grad:
+            outputs[0].backward(torch.ones_like(outputs[0]))
+        return [*(out.detach() for out in outputs), *([leaf.grad] if grad else [])]
+
+    def one(leaf):
+        return trimtab.project_out([leaf], [q], impl=case.impl)
+
+    def repeated(leaf):
+        value = trimtab.orthogonal_penalty([q, q], [leaf, leaf], impl=case.impl)
+        return [value, *trimtab.project_out([leaf, leaf], [q, q], impl=case.impl)]
+
+    for function in (one, repeated):
+        for ours, plain in zip(run(compiled(function)), run(function), strict=True):
+            assert_same_bits(ours, plain)
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from orthogonal_cases import check_penalty, integers, leaves, modules, normal, oracle
-from test_project_out import basis
-from trimtab import _native, orthogonal_penalty, project_out
+from trimtab import _native, orthogonal_penalty
 from trimtab.testing import assert_same_bits
 
 pytestmark = pytest.mark.skipif(
@@ -24,12 +23,15 @@ ROWS = torch.ops.trimtab.orthogonal_penalty_rows
 PROJECT = torch.ops.trimtab.project_out_rows
 # More rows than a block and a slice have, ranks above and below a tile, widths beside a panel's.
 LARGE = [
+    ((400,), 3, 4100),
+    ((70,), 64, 4100),
     ((300,), 5, 70),
     ((8,) * 40, 8, 1030),
     ((129,), 64, 515),
     ((700, 1), 3, 33),
     ((64,), 17, 2049),
 ]
+WEIGHT = [0.5, 1, 2, -1, 3, 0.25, 1]
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
 
@@ -54,9 +56,9 @@ def test_more_rows_than_a_block(norm, dtype):
 def test_gradients_of_current_alone(dtype):
     """Rows of bfloat16 go another way where nobody asks for the gradients of `previous`."""
     previous, current = modules(LARGE, integers, previous=dtype, current=dtype)
-    truth = oracle(previous, current, weight=[0.5, 1, 2, -1, 3])
+    truth = oracle(previous, current, weight=WEIGHT)
     _, new = leaves(previous, current)
-    value = orthogonal_penalty(previous, new, weight=[0.5, 1, 2, -1, 3], impl="native")
+    value = orthogonal_penalty(previous, new, weight=WEIGHT, impl="native")
     value.backward()
     assert value.item() == truth.value
     for leaf, exact in zip(new, truth.current, strict=True):
@@ -236,12 +238,26 @@ def test_a_wrong_call_of_the_projection_raises(tensors, bases, outs):
         PROJECT(tensors, bases, outs)
 
 
-def test_projection_of_many_rows_by_the_library():
-    """Rows of bfloat16 in numbers go to torch's products; what is beside them does not."""
-    t = [normal(n, 96, dtype=torch.bfloat16) for n in (5, 200, 31, 32)]
-    q = [basis(k, 96, torch.bfloat16) for k in (4, 8, 3, 0)]
-    together = project_out(t, q, impl="native")
-    for out, tensor, rows in zip(together, t, q, strict=True):
-        (alone,) = project_out([tensor], [rows], impl="native")
-        assert_same_bits(out, alone)
-    assert_same_bits(together[3], t[3])
+def test_bfloat16_rows_beside_columns():
+    """Each side decides for itself how it is read."""
+    previous, current = modules([((9, 4), 5, 67)], integers, "cpu", torch.bfloat16, torch.bfloat16)
+    turned = [current[0].mT.contiguous().mT]
+    for p, c in ((previous, turned), ([[t.mT.contiguous().mT for t in previous[0]]], current)):
+        leaf = c[0].detach().requires_grad_()
+        value = orthogonal_penalty(p, [leaf], impl="native")
+        value.backward()
+        truth = oracle(p, c)
+        assert value.item() == truth.value
+        assert_same_bits(leaf.grad, torch.as_tensor(truth.current[0]).bfloat16())
+
+
+def test_counts_that_wrap_around_raise():
+    with pytest.raises(RuntimeError, match="counts must be of the tensors of previous"):
+        ROWS([P], [2**62, 2**62, 2**62, 2**62 + 1], [C] * 4, None, False, VALUE, None, None)
+
+
+def test_freed_memory_raises():
+    freed = torch.ones(4, 5)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="must have memory"):
+        ROWS([freed], [1], [C], None, False, VALUE, None, None)

@@ -13,9 +13,9 @@ from trimtab.testing import assert_same_bits, assert_within_budget, max_error
 pytestmark = [pytest.mark.op("project_out"), pytest.mark.usefixtures("poison")]
 
 SIXTEENS = (torch.bfloat16, torch.float16)
-# (n, k, d); the last ones are large enough for a library's products.
+# (n, k, d); the last one has more rows than a thread takes.
 SHAPES = [(1, 1, 1), (3, 2, 7), (63, 3, 127), (5, 33, 252), (8, 16, 507), (0, 2, 4), (4, 0, 6),
-          (2, 3, 3), (130, 40, 96), (600, 24, 257)]  # fmt: skip
+          (2, 3, 3), (130, 40, 96), (400, 3, 4100)]  # fmt: skip
 
 
 def takes(case, dtype):
@@ -121,6 +121,16 @@ def test_gradients(case, both):
     )  # fmt: skip
     for three in zip(found, near, truth, strict=True):
         assert_within_budget(*three, scale=float(three[2].abs().max()) + 3.0)
+
+
+def test_a_basis_made_of_the_tensor(case):
+    """The gradient runs through the basis too, once."""
+    x = normal(3, 5).to(case.device).requires_grad_()
+    upstream = normal(3, 5).to(case.device)
+    (out,) = trimtab.project_out([x], [0.3 * x], impl=case.impl)
+    (found,) = torch.autograd.grad(out, x, upstream)
+    (expected,) = torch.autograd.grad(eager(x, 0.3 * x), x, upstream)
+    torch.testing.assert_close(found, expected)
 
 
 def test_gradcheck():

@@ -1,6 +1,7 @@
 // Orthogonality on the CPU: checks, the cut into slices, threads, registration.
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -52,6 +53,7 @@ class RowList {
                     torch::headeronly::toString(matrix.scalar_type()), " beside ",
                     torch::headeronly::toString(dtype));
     const char* row = static_cast<const char*>(matrix.data_ptr());
+    STD_TORCH_CHECK(row || matrix.numel() == 0, argument, " must have memory, got freed storage");
     const int64_t count = matrix.size(0), stride = matrix.stride(1);
     const int64_t step = matrix.stride(0) * static_cast<int64_t>(matrix.element_size());
     for (int64_t i = 0; i < count; ++i, row += step) rows_.push_back({row, stride});
@@ -154,7 +156,8 @@ struct Penalty {
                                                               : (slice.value - next) + value;
       value = next;
     }
-    return value + rounded_away;
+    // Of an infinite sum nothing was rounded away.
+    return std::isfinite(rounded_away) ? value + rounded_away : value;
   }
 };
 
@@ -180,7 +183,8 @@ void orthogonal_penalty_rows(Tensors previous, std::vector<int64_t> counts, Tens
                   "counts must have a number for each of ", modules, " modules");
   int64_t total = 0;
   for (int64_t count : counts) {
-    STD_TORCH_CHECK(count >= 0, "counts must not be negative, got ", count);
+    STD_TORCH_CHECK(count >= 0 && count <= static_cast<int64_t>(previous.size()) - total,
+                    "counts must be of the tensors of previous, got ", count);
     total += count;
   }
   STD_TORCH_CHECK(total == static_cast<int64_t>(previous.size()),

@@ -73,7 +73,8 @@ struct WideSum<double> {
     rounded_away += (sum - next) + x;
     sum = next;
   }
-  double value() const { return sum + rounded_away; }
+  // Of an infinite sum nothing was rounded away.
+  double value() const { return __builtin_isfinite(rounded_away) ? sum + rounded_away : sum; }
 };
 
 }  // namespace

@@ -53,12 +53,25 @@ class GradientProjection:
         self.bases: dict[str, Tensor] = {}
 
     def layers(self) -> dict[str, nn.Linear]:
-        """Name of a weight -> its layer, for every linear layer whose weight requires grad."""
-        return {
+        """Name of a weight -> its layer, for every linear layer whose weight requires grad.
+
+        Raises:
+            ValueError: two of them share a weight.
+        """
+        found = {
             f"{name}.weight": layer
             for name, layer in self.model.named_modules()
             if isinstance(layer, nn.Linear) and layer.weight.requires_grad
         }
+        if len({id(layer.weight) for layer in found.values()}) < len(found):
+            raise ValueError(
+                "model must not share a weight between linear layers, got some that do; untie them"
+            )
+        return found
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """By name; a head that is tied to the embedding has both names."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     @torch.no_grad()
     def protect(
@@ -169,7 +182,7 @@ class GradientProjection:
     @torch.no_grad()
     def project(self) -> None:
         """Takes the protected part out of every ``.grad``, all layers in one call."""
-        parameters = dict(self.model.named_parameters())
+        parameters = self._parameters()
         grads = {
             name: parameters[name].grad
             for name in self.bases
@@ -189,7 +202,8 @@ class GradientProjection:
         Args:
             optimizer: any optimizer of the model's parameters.
             of: "update" projects what the step did to the weights, which keeps the promise for
-                Adam, momentum from before ``protect`` and weight decay alike, and needs a copy of
+                Adam, momentum from before ``protect`` and weight decay alike, to the rounding of
+                the weights: small steps of 16-bit weights are mostly rounding. It needs a copy of
                 the protected weights during the step. "gradient" projects ``.grad`` before the
                 step, as in the papers: right for SGD without weight decay.
 
@@ -218,7 +232,7 @@ class GradientProjection:
         Raises:
             ValueError: a name or a width that the model does not have.
         """
-        parameters = dict(self.model.named_parameters())
+        parameters = self._parameters()
         for name, basis in state.items():
             if name not in parameters:
                 raise ValueError(f"state must name weights of the model, got {name!r}; check both")
@@ -244,7 +258,7 @@ class _UpdateHooks:
         ]
 
     def weights(self) -> dict[str, Tensor]:
-        parameters = dict(self.projection.model.named_parameters())
+        parameters = self.projection._parameters()
         return {n: parameters[n] for n in self.projection.bases if n in parameters}
 
     @torch.no_grad()

@@ -24,10 +24,22 @@ def wants_double_backward() -> bool:
     return not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
 
+def aliases(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors, or None, under new names, for a backward that is itself differentiated.
+
+    Where one input was made of another, gradients of the originals would also run from the one to
+    the other, a way that the engine goes by itself.
+    """
+    return tuple(t.view_as(t) if t is not None and t.requires_grad else t for t in tensors)
+
+
 def through_reference(
     outputs: Any, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], upstream: Any
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, from the oracle, at eager cost."""
+    """Gradients that can be differentiated again, from the oracle, at eager cost.
+
+    ``outputs`` are made of ``inputs``, which are ``aliases`` of what was given.
+    """
     wanted = [
         tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None
     ]

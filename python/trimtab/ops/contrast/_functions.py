@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab._schemas import result_dtype
-from trimtab.ops._autograd import through_reference, wants_double_backward
+from trimtab.ops._autograd import aliases, through_reference, wants_double_backward
 from trimtab.ops.contrast._inputs import PerRow
 from trimtab.reference import contrast as reference
 
@@ -126,6 +126,7 @@ class ContrastiveLogp(torch.autograd.Function):
         *numbers, ignore_index = ctx.numbers
         alpha, temperature = (PerRow(n, r) for n, r in zip(numbers, rows, strict=True))
         if wants_double_backward():
+            positive, negative, anchor = aliases(positive, negative, anchor)
             logp = reference.contrastive_logp(
                 positive, negative, anchor, target, alpha.value, temperature.value, ignore_index
             )

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab._choose import Choice, choose
+from trimtab._choose import Choice, choose, requested
 from trimtab.ops._autograd import needs_grad
 from trimtab.ops.orthogonal import _inputs as inputs
-from trimtab.ops.orthogonal._functions import OrthogonalPenalty, ProjectOut
+from trimtab.ops.orthogonal._functions import OrthogonalPenalty, ProjectOut, split_like
 from trimtab.reference import orthogonal as reference
 
 __all__ = ["CHOICES", "orthogonal_penalty", "project_out"]
@@ -46,7 +46,9 @@ def orthogonal_penalty(
     orthogonality; where a product is exactly 0 it is 0.
 
     Value and gradient come out of one pass, for all modules together. Differentiable in ``current``
-    and, where it requires grad, in ``previous``; twice through the reference.
+    and, where it requires grad, in ``previous``; twice through the reference. The gradients of a
+    list are parts of one buffer. Under ``torch.compile`` a longer list of tasks is another graph:
+    there, concatenate a module's tasks.
 
     Cost: one read of ``previous``, one of ``current``, and a float32 gradient of its size;
     4 R r d FLOP per module. Tensors whose dtype differs from that of others in their list are
@@ -72,15 +74,23 @@ def orthogonal_penalty(
     """
     squared = inputs.check_norm(norm)
     modules = inputs.check_modules(previous, current)
-    factors = inputs.check_weight(weight, modules)
     if not modules.current:
+        requested(impl)
         return torch.zeros(())
+    factors = inputs.check_weight(weight, modules)
     like = modules.current[0]
     chosen = choose("orthogonal_penalty", like.device.type, like.dtype, impl).impl
     if chosen == "reference":
         return reference.orthogonal_penalty(*modules, factors, squared)
     needs = any(needs_grad(*modules.current)), any(needs_grad(*modules.previous))
+    if not any(needs):
+        return torch.ops.trimtab.orthogonal_penalty.default(
+            modules.previous, modules.counts, modules.current, factors, squared, needs, chosen
+        )[0]
     tensors = (*modules.current, *modules.previous)
+    if torch.compiler.is_compiling():
+        # Tracing refuses to see one tensor twice.
+        tensors = tuple(t.view_as(t) for t in tensors)
     return OrthogonalPenalty.apply(modules.counts, factors, squared, needs, chosen, *tensors)
 
 
@@ -93,7 +103,7 @@ def project_out(
     """What is left of each tensor's rows outside of a subspace: ``t - (t Q^T) Q``.
 
     The step of gradient projection: OGD (Farajtabar et al., AISTATS 2020), GPM (Saha et al., ICLR
-    2021). Differentiable, in the bases through the reference.
+    2021). Differentiable; where a basis requires grad, the reference takes the call.
 
     Cost: two products of n x k x d (4 n k d FLOP) per tensor; one read of the tensor and of the
     basis, one write.
@@ -105,7 +115,8 @@ def project_out(
         impl: "reference", "native", "triton", or None for the fastest available.
 
     Returns:
-        New tensors of the shapes and dtypes of ``tensors``.
+        Tensors of the shapes and dtypes of ``tensors``, parts of one new buffer: clone what is to
+        be changed in place.
 
     Raises:
         ValueError: a shape or device that does not fit.
@@ -114,6 +125,7 @@ def project_out(
     """
     rows, spans = inputs.check_bases(tensors, bases)
     if not rows:
+        requested(impl)
         return []
     pairs = [inputs.widen([t, basis]) for t, basis in zip(rows, spans, strict=True)]
     outs: dict[int, Tensor] = {}
@@ -121,10 +133,16 @@ def project_out(
         chosen = choose("project_out", rows[0].device.type, dtype, impl).impl
         places = [m for m, (wide, _) in enumerate(pairs) if wide.dtype == dtype]
         wide, spans = ([pairs[m][side] for m in places] for side in (0, 1))
-        if chosen == "reference":
+        if chosen == "reference" or any(needs_grad(*spans)):
             found = reference.project_out(wide, spans)
-        else:
+        elif any(needs_grad(*wide)):
+            if torch.compiler.is_compiling():
+                spans = [span.view_as(span) for span in spans]
+                wide = [t.view_as(t) for t in wide]
             found = ProjectOut.apply(len(wide), chosen, *wide, *spans)
+        else:
+            flat = torch.ops.trimtab.project_out.default(wide, spans, chosen)
+            found = split_like(flat, wide)
         outs.update(zip(places, found, strict=True))
     return [outs[m].to(t.dtype) for m, t in enumerate(rows)]
 

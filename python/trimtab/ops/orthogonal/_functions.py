@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from trimtab._schemas import result_dtype
-from trimtab.ops._autograd import graph_is_kept, through_reference, wants_double_backward
+from trimtab.ops._autograd import (
+    aliases,
+    graph_is_kept,
+    through_reference,
+    wants_double_backward,
+)
+from trimtab.ops._checks import bad
 from trimtab.reference import orthogonal as reference
 
 
@@ -17,6 +23,8 @@ def row_kernels(impl: str) -> Any:
     """The namespace that holds the row operators of an implementation."""
     if impl == "native":
         return torch.ops.trimtab
+    if impl != "triton":
+        raise bad("impl", "'native' or 'triton' for an operator", repr(impl), "call the function")
     from trimtab.triton_kernels import orthogonal
 
     return orthogonal
@@ -50,24 +58,11 @@ def _orthogonal_penalty(
     return (value, *(like.new_empty(0, dtype=dtype) if g is None else g for g in grads))  # type: ignore[return-value]
 
 
-# Rows of bfloat16 from which on a CPU's matrix units, which only a library's products use, outrun
-# the grouped kernel: 2.4 times for 1,024 rows of width 1,024 and rank 64, not at all for 8.
-_LIBRARY_ROWS = 32
-
-
 @torch.library.impl("trimtab::project_out", "CompositeExplicitAutograd")
 def _project_out(tensors: list[Tensor], bases: list[Tensor], impl: str) -> Tensor:
     # One buffer: CUDA graphs find outputs at the same distances when they are captured.
     flat = tensors[0].new_empty(sum(t.numel() for t in tensors))
-    outs = split_like(flat, tensors)
-    triples = list(zip(tensors, bases, outs, strict=True))
-    if impl == "native" and flat.device.type == "cpu" and flat.dtype == torch.bfloat16:
-        for t, q, out in triples:
-            if len(t) >= _LIBRARY_ROWS:
-                torch.addmm(t, t @ q.mT, q, alpha=-1, out=out)
-        triples = [triple for triple in triples if len(triple[0]) < _LIBRARY_ROWS]
-    if triples:
-        row_kernels(impl).project_out_rows(*map(list, zip(*triples, strict=True)))
+    row_kernels(impl).project_out_rows(tensors, bases, split_like(flat, tensors))
     return flat
 
 
@@ -100,6 +95,8 @@ class OrthogonalPenalty(torch.autograd.Function):
         current, previous = tensors[: len(ctx.counts)], tensors[len(ctx.counts) :]
         needs = ctx.needs_input_grad[5:]
         if wants_double_backward():
+            tensors = aliases(*tensors)
+            current, previous = tensors[: len(ctx.counts)], tensors[len(ctx.counts) :]
             value = reference.orthogonal_penalty(previous, ctx.counts, current, weight, ctx.squared)
             return (*[None] * 5, *through_reference(value, tuple(tensors), needs, upstream))
         blocks = (*_blocks(grad_current, current, upstream),
@@ -124,7 +121,7 @@ def _scaled(flat: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ProjectOut(torch.autograd.Function):
-    """The projection, which is its own adjoint."""
+    """The projection of tensors by bases without gradient, which is its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, count: int, impl: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -136,16 +133,12 @@ class ProjectOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        """Two products for each tensor; the bases' gradients come from the reference."""
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        rows, bases = tensors[: ctx.count], tensors[ctx.count :]
-        if wants_double_backward() or any(needs[ctx.count :]):
-            with torch.enable_grad():
-                leaves = [t if t.requires_grad else t.detach() for t in tensors]
-                outputs = reference.project_out(leaves[: ctx.count], leaves[ctx.count :])
-                grads = through_reference(outputs, tuple(leaves), needs, upstream)
-            return (None, None, *grads)
-        found = torch.ops.trimtab.project_out.default(
-            [g.to(t.dtype) for g, t in zip(upstream, rows, strict=True)], bases, ctx.impl
-        )
-        return (None, None, *split_like(found, rows), *[None] * len(bases))
+        """Two products for each tensor."""
+        rows, bases = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        if wants_double_backward():
+            found = reference.project_out(upstream, bases)
+        else:
+            grads = [g.to(t.dtype) for g, t in zip(upstream, rows, strict=True)]
+            flat = torch.ops.trimtab.project_out.default(grads, bases, ctx.impl)
+            found = split_like(flat, rows)
+        return (None, None, *found, *[None] * len(bases))

@@ -28,7 +28,7 @@ class Modules(NamedTuple):
 
 def check_norm(norm: str) -> bool:
     """Whether the products are squared."""
-    if norm not in NORMS:
+    if not isinstance(norm, str) or norm not in NORMS:
         raise bad("norm", " or ".join(map(repr, NORMS)), repr(norm),
                   '"l1" is the released code, "frobenius2" the paper')  # fmt: skip
     return NORMS[norm]
@@ -68,7 +68,7 @@ def check_modules(
 def check_tensors(name: str, tensors: Any) -> list[Tensor]:
     """A sequence of matrices, as a list."""
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-        raise TypeError(f"{name} must be {_TENSORS}, got {type(tensors).__name__}; use [tensor]")
+        raise TypeError(f"{name} must be {_TENSORS}, got {type(tensors).__name__}; use a list")
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             raise TypeError(
@@ -119,9 +119,12 @@ def check_weight(weight: Sequence[float] | Tensor | None, modules: Modules) -> T
             raise TypeError(
                 f"weight must be numbers or a tensor, got {weight!r}; one for each module"
             )
-        weight = torch.tensor(weight, dtype=torch.float64)
+        try:
+            weight = torch.tensor(weight, dtype=torch.float64)
+        except OverflowError:
+            raise bad("weight", "finite", weight, "check where they come from") from None
         if len(weight) == count:
-            return check_weight_values(weight).to(like.device, real, non_blocking=True)
+            return check_weight_values(weight.to(real)).to(like.device, non_blocking=True)
     if weight.shape != (count,):
         raise bad("weight", f"of {count} numbers, one for each module", tuple(weight.shape),
                   "a factor of all modules belongs outside")  # fmt: skip
@@ -132,7 +135,7 @@ def check_weight(weight: Sequence[float] | Tensor | None, modules: Modules) -> T
     if weight.device != like.device:
         raise bad("weight", f"on {like.device} as the tensors are", weight.device,
                   f"use weight.to({str(like.device)!r})")  # fmt: skip
-    return check_weight_values(weight).to(real).contiguous()
+    return check_weight_values(weight.to(real)).contiguous()
 
 
 def check_weight_values(weight: Tensor) -> Tensor:

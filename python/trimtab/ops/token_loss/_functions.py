@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.ops._autograd import graph_is_kept, through_reference, wants_double_backward
+from trimtab.ops._autograd import (
+    aliases,
+    graph_is_kept,
+    through_reference,
+    wants_double_backward,
+)
 from trimtab.ops.token_loss._chunks import times
 from trimtab.reference import token_loss as reference
 
@@ -87,6 +92,7 @@ class WeightedLoss(torch.autograd.Function):
         """Scale what the forward pass made."""
         input, weight, bias, coef, target, class_weight, loss, *grads, scale = ctx.saved_tensors
         if wants_double_backward():
+            input, weight, bias, coef = aliases(input, weight, bias, coef)
             logits = _logits(input, weight, bias, ctx.compute_dtype)
             tokens = reference.token_loss(
                 logits, target, **ctx.loss_args.for_reference(class_weight)
@@ -144,6 +150,7 @@ class TokenLoss(torch.autograd.Function):
         """The logits again and one product per gradient; a scaling of rows with the head frozen."""
         input, weight, bias, target, class_weight, unit = ctx.saved_tensors
         if wants_double_backward():
+            input, weight, bias = aliases(input, weight, bias)
             logits = _logits(input, weight, bias, ctx.head_args.compute_dtype)
             tokens = reference.token_loss(
                 logits, target, **ctx.loss_args.for_reference(class_weight)
@@ -251,6 +258,7 @@ class LinearLogp(torch.autograd.Function):
         ]
         if wants_double_backward():
             ignore_index, logit_scale, softcap = ctx.transform
+            input, weight, bias = aliases(input, weight, bias)
             outputs = reference.token_logp(
                 _logits(input, weight, bias, ctx.head_args.compute_dtype), target,
                 inv_temperature=inv_temperature, ignore_index=ignore_index, logit_scale=logit_scale,

@@ -182,7 +182,8 @@ class Bench:
         optimizer = torch.optim.Adam(parameters, lr=self.plan.rate, fused=True)
         generator = torch.Generator().manual_seed(_mix(seed, -1 if index is None else index))
         for _ in range(self.plan.steps * len(tasks)):
-            loss = F.cross_entropy(*_scores(model, *draw(tasks, self.plan.batch, generator)))
+            rows, labels = draw(tasks, self.plan.batch, generator)
+            loss = F.cross_entropy(model(input_ids=rows, logits_to_keep=1).logits[:, -1], labels)
             if penalty is not None:
                 loss = loss + penalty()
             loss.backward()
@@ -230,10 +231,6 @@ def accuracies(model: Any, tasks: Sequence[LabelTask], part: str, batch: int = 1
         right = torch.cat(said) == task.labels[windows.answers]
         found.append(right.double().mean().item())
     return found
-
-
-def _scores(model: Any, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return model(input_ids=rows, logits_to_keep=1).logits[:, -1], labels
 
 
 def _mix(seed: int, index: int) -> int:

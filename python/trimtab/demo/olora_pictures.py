@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from trimtab.demo.continual import LabelTask
@@ -74,7 +75,7 @@ def draw_overlap(
     plain: Outcome, ours: Outcome, tasks: Sequence[LabelTask], found: Sequence[Outcome]
 ) -> Figure:
     """Overlap of the tasks' subspaces without and with the penalty, and what lamda_1 does to it."""
-    figure = Figure(figsize=(11.0, 3.1), layout="constrained")
+    figure = Figure(figsize=(11.0, 3.1), layout=ConstrainedLayoutEngine(wspace=0.05))
     axes = figure.subplots(1, 4, width_ratios=(1.0, 1.0, 1.1, 1.1))
     names = [task.name for task in tasks]
     tables = [

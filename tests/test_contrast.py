@@ -115,6 +115,22 @@ def test_double_backward_is_the_truths(case):
         )
 
 
+@pytest.mark.op("contrastive_logp")
+def test_double_backward_with_rows_made_of_each_other(case):
+    """What runs from one input to the other counts once."""
+    given = rows(4, 9, device=case.device)
+
+    def hessian(function, dtype, **more):
+        positive = given.logits(dtype)[0].requires_grad_()
+        logp = function(positive, 0.5 * positive.sin(), given.target, alpha=0.8, **more)
+        (grad,) = torch.autograd.grad(logp.square().sum(), positive, create_graph=True)
+        return torch.autograd.grad(grad.sin().sum(), positive)[0]
+
+    truth = hessian(eager_logp, torch.float64)
+    actual = hessian(trimtab.contrastive_logp, torch.float32, impl=case.impl).double()
+    torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
+
+
 UPSTREAMS = {
     "expanded": lambda out: torch.tensor(0.37, device=out.device).expand(out.shape),
     "strided": lambda out: torch.arange(1.0, 2 * len(out) + 1, device=out.device)[::2],

@@ -26,6 +26,7 @@ from olora_cases import (
     make_tasks,
 )
 from trimtab.algorithms.olora import OLoRA
+from trimtab.algorithms.olora.overlap import orthonormal_rows
 
 close = torch.testing.assert_close
 
@@ -236,3 +237,65 @@ def test_heat_map(tmp_path: Path) -> None:
         plot_overlap(olora.overlap(per_module=True))
     with pytest.raises(ValueError, match="tasks must be 3 names, got 2"):
         plot_overlap(table, ["a", "b"])
+
+
+# What only a fault in between or rounding shows.
+
+
+def test_a_loaded_config_is_the_saved_one(tmp_path: Path) -> None:
+    olora = make_tasks()
+    olora.save(tmp_path)
+    loaded = OLoRA.load(make_base(), tmp_path)
+    assert list(loaded.model.peft_config) == list(olora.model.peft_config)
+    for task, config in olora.model.peft_config.items():
+        assert loaded.model.peft_config[task].inference_mode == config.inference_mode is False
+        assert loaded.model.peft_config[task].r == config.r
+
+
+def test_an_index_is_whole_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_half(self: Path, text: str) -> int:
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left")
+
+    olora = make_tasks()
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="no space left"):
+        olora.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="must be a folder with"):
+        OLoRA.load(make_base(), tmp_path)
+
+
+def test_all_layers_know_the_tasks_in_their_order() -> None:
+    olora = make_tasks()
+    olora.model.set_adapter("t1")
+    olora.activate()
+    for layer in olora.model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            assert list(layer.active_adapters) == ["t0", "t1", "t2"]
+
+
+def test_the_rank_of_a_subspace_is_numerical() -> None:
+    rows = torch.randn(2, 300)
+    for scale in (1e-6, 1.0, 1e6):
+        dependent = scale * torch.cat((rows, 0.3 * rows[:1] - 1.7 * rows[1:]))
+        assert orthonormal_rows(dependent).shape == (2, 300)
+        nearly = scale * torch.cat((rows, rows[:1] + 1e-3 * torch.randn(1, 300)))
+        assert orthonormal_rows(nearly).shape == (3, 300)
+
+
+def test_no_cosine_is_above_one() -> None:
+    base = nn.Sequential(*[nn.Linear(64, 64) for _ in range(16)])
+    config = make_config(r"\d+", rank=8)
+    config.target_modules = r"\d+"
+    olora = OLoRA(peft.get_peft_model(base, config, adapter_name="t0"))
+    olora.start_task("t1", config)
+    with torch.no_grad():
+        for name, parameter in olora.model.named_parameters():
+            if ".lora_A.t1" in name:
+                first = olora.model.get_parameter(name.replace("t1", "t0"))
+                parameter.copy_(torch.randn(8, 8) @ first)
+    cosines = torch.cat(list(olora.principal_cosines("t0", "t1").values()))
+    assert cosines.shape == (128,)
+    assert float(cosines.max()) <= 1.0
+    close(cosines, torch.ones(128))

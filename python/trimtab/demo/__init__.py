@@ -8,6 +8,7 @@ with a report. Nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import logging
 import importlib.util
 import os
 import sys
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # torchao, where it is installed, tells of its CUDA libraries when transformers looks for it.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from trimtab.demo.corpus import DemoError
     from trimtab.demo.runner import run
     from trimtab.demo.sections import SECTIONS

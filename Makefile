@@ -25,7 +25,6 @@ FAMILIES := $(or $(FAMILY),$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_
 TORCHED := $(VENV)/.torch-$(subst /,_,$(TORCH))
 REQUIRED := $(VENV)/.required
 BUILT := $(VENV)/.built-$(TRIMTAB_BUILD)
-ON_GPU := PYTHONPATH=build/gpu $(PYTHON)
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test lint format bench gpu clean $(FAMILIES:%=bench-%)
@@ -60,14 +59,8 @@ $(FAMILIES:%=bench-%): bench-%: $(BUILT) $(VENV)/.peers
 	@$(BIN)/pytest --timeout=0 bench/bench_$*.py --benchmark-json=build/bench-$*.json --benchmark-quiet $(ARGS)
 	@$(BIN)/python bench/report.py build/bench-$*.json
 
-gpu: $(FAMILIES:%=build/gpu-%.done)  ## tests and benchmarks on CUDA, with the torch of PYTHON
-
-# A family that has passed since the last change is not run again, so that a broken-off run goes on.
-build/gpu-%.done: build/gpu/.built $(wildcard tests/*.py bench/*.py)
-	@$(ON_GPU) -m pytest -m gpu tests/test_$**.py $(ARGS)
-	@$(ON_GPU) -m pytest --timeout=0 bench/bench_$*.py --benchmark-json=build/gpu-$*.json $(ARGS)
-	@$(ON_GPU) bench/report.py build/gpu-$*.json
-	@touch $@
+gpu:  ## build, tests, benchmarks and memory checker on CUDA, with the torch of PYTHON
+	@$(PYTHON) bench/gpu.py $(FAMILY) $(ARGS)
 
 clean:  ## removes what was built; .venv stays
 	rm -rf build dist *.egg-info python/trimtab/*.so python/trimtab/_build_info.json
@@ -96,9 +89,3 @@ $(BUILT): $(REQUIRED) setup.py pyproject.toml $(CSRC)
 	@echo 'building trimtab (TRIMTAB_BUILD=$(TRIMTAB_BUILD))'
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.built-* && touch $@
-
-build/gpu/.built: setup.py pyproject.toml $(CSRC) $(shell find python triton_kernels -name '*.py')
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-		|| { echo 'make gpu needs a CUDA device and a torch that sees it in $(PYTHON)'; exit 1; }
-	@$(PYTHON) -m pip install -qq --upgrade --no-deps --no-build-isolation --target build/gpu .
-	@touch $@

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import machine
 import measure
@@ -17,6 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick", action="store_true", help="tiny shapes and two rounds: does it run at all?"
     )
+    group.addoption(
+        "--stop-after", type=float, default=math.inf, metavar="SECONDS",
+        help="begin no case later than this; those left are listed as not run",
+    )  # fmt: skip
     group.addoption("--full", action="store_true", help="more rounds, and the peers that take long")
 
 
@@ -27,9 +33,15 @@ class Races:
         self.session = session
         self.full = session.config.getoption("--full")
         quick = session.config.getoption("--quick")
-        self.effort = measure.QUICK if quick else measure.FULL if self.full else measure.NORMAL
+        usual = measure.GPU if torch.cuda.is_available() else measure.NORMAL
+        self.effort = measure.QUICK if quick else measure.FULL if self.full else usual
+        self._stop = time.perf_counter() + session.config.getoption("--stop-after")
         self.header = session.config.stash[HEADER]
         self._outcomes: dict[Any, dict[str, measure.Outcome]] = {}
+
+    def too_late(self, case: Any) -> bool:
+        """Whether the time to begin this case has passed."""
+        return case not in self._outcomes and time.perf_counter() > self._stop
 
     def of(
         self,

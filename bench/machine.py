@@ -76,7 +76,12 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Short hash, ``+dirty`` if anything but results differs; "unknown" outside a checkout."""
+    """Short hash, ``+dirty`` if anything but results differs; "unknown" outside a checkout.
+
+    ``TRIMTAB_COMMIT`` says it for a copy of a checkout.
+    """
+    if said := os.environ.get("TRIMTAB_COMMIT"):
+        return said
     head = _git("rev-parse", "--short", "HEAD")
     if head is None:
         return "unknown"

@@ -86,6 +86,8 @@ def record(
 ) -> None:
     """The body of a suite's test: run the case's race if need be, and hand over this row."""
     reason = provider.reason(case, races.full)
+    if reason is None and races.too_late(case):
+        reason = "no time was left (--stop-after)"
     if reason is not None:
         leave_out(case, provider.name, "not run", reason)
         pytest.skip(reason)

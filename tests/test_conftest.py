@@ -12,7 +12,7 @@ import torch
 
 import trimtab
 from conftest import impl_cases
-from trimtab import _choose
+from trimtab import _choose, _native
 
 ORIGINALS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
 
@@ -64,3 +64,19 @@ def test_nothing_is_skipped_that_this_machine_could_run():
         assert shutil.which("g++") is None or info["mode"] == "python"
     if os.environ.get("TRITON_INTERPRET") == "1":
         assert problems["triton"] is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "impl", "reason"),
+    [
+        ((9, 0), torch.bfloat16, "native", "fastest available"),
+        ((7, 5), torch.float16, "triton", "compute capability 8.0, this GPU has 7.5"),
+        ((9, 0), torch.float64, "reference", "torch.float64 is not supported by native on cuda"),
+    ],
+)
+def test_the_choice_on_a_gpu(monkeypatch, capability, dtype, impl, reason):
+    monkeypatch.setitem(_native.REASONS, "cuda", None)
+    monkeypatch.setattr(_choose, "_capability", lambda: capability)
+    found = _choose.choose("linear_logp", "cuda", dtype)
+    assert found.impl == impl
+    assert reason in found.reason

@@ -6,6 +6,7 @@ It never looks at values, so that ``torch.compile`` traces through it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import NamedTuple
@@ -16,11 +17,9 @@ from trimtab import _native
 
 IMPLS = ("reference", "native", "triton")
 
-# Row operators with a CUDA C++ kernel; the others run on CUDA through Triton.
-CUDA_OPS: frozenset[str] = frozenset()
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_GPU_DTYPES, torch.float64)
+_LEAST_CAPABILITY = (8, 0)  # of the GPUs that the CUDA library is compiled for
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _IMPL_AT_IMPORT = os.environ.get("TRIMTAB_IMPL") or None
@@ -58,11 +57,15 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     if impl == "native":
         if device not in ("cpu", "cuda"):
             return f"no compiled kernels for device {device!r}"
-        if device == "cuda" and op not in CUDA_OPS:
-            return f"{op} has no CUDA C++ kernel; impl='triton' runs on CUDA"
         if _native.REASONS[device] is not None:
             return _native.REASONS[device]
-        return None if dtype in _NATIVE_DTYPES else f"dtype {dtype} is not supported by native"
+        if device == "cuda" and _capability() < _LEAST_CAPABILITY:
+            return (
+                "the CUDA kernels need compute capability 8.0, this GPU has "
+                f"{'.'.join(map(str, _capability()))}; impl='triton' may run"
+            )
+        known = _GPU_DTYPES if device == "cuda" else _CPU_DTYPES
+        return None if dtype in known else f"dtype {dtype} is not supported by native on {device}"
     if not _HAS_TRITON:
         return "Triton is not installed; `pip install triton` on Linux, or use impl='reference'"
     if device == "cpu" and not _INTERPRET:
@@ -71,9 +74,14 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
         return f"no Triton kernels for device {device!r}"
     return (
         None
-        if dtype in _TRITON_DTYPES
+        if dtype in _GPU_DTYPES
         else f"dtype {dtype} is not supported by Triton; use impl='reference'"
     )
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
 
 
 def choose(op: str, device: str, dtype: torch.dtype, impl: str | None = None) -> Choice:

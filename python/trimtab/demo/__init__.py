@@ -8,8 +8,8 @@ with a report. Nothing is downloaded.
 from __future__ import annotations
 
 import argparse
-import logging
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable

@@ -201,6 +201,23 @@ def gencode_flags(archs: str, release: str) -> list[str]:
     return flags
 
 
+def nvcc_command(nvcc: str, compiler: list[str], gencode: list[str], torch: Path) -> list[str]:
+    """What compiles a .cu file, without input and output."""
+    include, _ = torch_flags(torch)
+    include = [f"-Xcompiler={flag}" if flag.startswith("-f") else flag for flag in include]
+    return [nvcc, "-ccbin", compiler[0], *NVCC_FLAGS, *gencode, *include]
+
+
+def nvcc_link(nvcc: str, compiler: list[str]) -> list[str]:
+    # The CUDA runtime is linked in: a shared one would tie the wheel to one major version of CUDA.
+    link = [nvcc, "-ccbin", compiler[0], "-shared", "-cudart=static"]
+    return [*link, "-Xlinker=--exclude-libs,ALL,--no-undefined,--no-as-needed"]
+
+
+def nvcc_libraries(torch: Path) -> list[str]:
+    return [*torch_flags(torch)[1], "-ltorch_cuda"]
+
+
 def cuda_library() -> Library:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     if not sources:
@@ -208,15 +225,16 @@ def cuda_library() -> Library:
     compiler, version = find_compiler()
     folder, facts = find_torch()
     if not facts.get("cuda"):
-        raise Unavailable(f"torch {facts['__version__']} is built without CUDA")
+        raise Unavailable(
+            f"torch {facts['__version__']} is built without CUDA and has no libtorch_cuda.so to "
+            "link to; install a torch that is built with it"
+        )
     nvcc, release = find_nvcc()
     if release.split(".")[0] != facts["cuda"].split(".")[0]:
         raise Unavailable(f"nvcc is release {release}, torch is built with CUDA {facts['cuda']}")
     archs = os.environ.get("TRIMTAB_CUDA_ARCHS") or DEFAULT_ARCHS
     gencode = gencode_flags(archs, release)
-    include, libraries = torch_flags(folder)
-    include = [f"-Xcompiler={flag}" if flag.startswith("-f") else flag for flag in include]
-    command = [nvcc, "-ccbin", compiler[0], *NVCC_FLAGS, *gencode, *include]
+    command = nvcc_command(nvcc, compiler, gencode, folder)
     info = {
         "torch": facts["__version__"],
         "compiler": version,
@@ -225,10 +243,7 @@ def cuda_library() -> Library:
         "flags": NVCC_FLAGS + gencode,
         "sources": {source.name: [] for source in sources},
     }
-    # The CUDA runtime is linked in: a shared one would tie the wheel to one major version of CUDA.
-    link = [nvcc, "-ccbin", compiler[0], "-shared", "-cudart=static"]
-    link += ["-Xlinker=--exclude-libs,ALL,--no-undefined,--no-as-needed"]
-    link += [*libraries, "-ltorch_cuda"]
+    link = [*nvcc_link(nvcc, compiler), *nvcc_libraries(folder)]
     return Library("cuda", [Unit(source, command) for source in sources], link, info)
 
 

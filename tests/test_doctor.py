@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import trimtab
-from trimtab import __main__, _choose, doctor, ops
+from trimtab import __main__, _choose, _native, doctor, ops
 from trimtab.reference import token_loss
 
 PACKAGE = Path(trimtab.__file__).parent
@@ -117,6 +117,49 @@ def test_a_library_that_was_not_built_is_no_problem(install):
     status, report = diagnose(install)
     assert (status, report["problems"]) == (0, [])
     assert report["libraries"]["_cpu.so"]["reason"] == f"not built: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "code"),
+    [
+        ("80;90a;100f;120f", (8, 0), "sm_80"),
+        ("80;90a;100f;120f", (8, 9), "sm_80"),
+        ("80;90a;100f;120f", (9, 0), "sm_90a"),
+        ("80;90a;100f;120f", (10, 3), "sm_100f"),
+        ("80;90a;100f;120f", (11, 0), "compute_80"),
+        ("80;90a;100f;120f", (7, 5), None),
+        ("80 75", (11, 0), "compute_80"),
+        ("90a", (9, 1), None),
+        ("100f", (9, 0), None),
+        ("86", (8, 0), None),
+    ],
+)
+def test_what_a_gpu_runs_of_a_library(archs, capability, code):
+    assert doctor.gpu_code(archs, *capability) == code
+
+
+@pytest.mark.parametrize(("capability", "problem"), [((9, 0), None), ((7, 5), "capability 7.5")])
+def test_a_cuda_library_says_for_which_gpus_it_is(tmp_path, monkeypatch, capability, problem):
+    (tmp_path / "_cuda.so").touch()
+    built = {"built": True, "archs": "80;90a", "cuda": "13.0"}
+    (tmp_path / "_build_info.json").write_text(json.dumps({"libraries": {"cuda": built}}))
+    monkeypatch.setattr(doctor, "_FOLDER", tmp_path)
+    monkeypatch.setitem(_native.REASONS, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    facts = doctor._libraries()["_cuda.so"]
+    assert facts["built_with"] == {"archs": "80;90a", "cuda": "13.0"}
+    assert facts["present"]
+    words = doctor._library_in_words(facts)
+    problems = list(doctor._problems({"libraries": {"_cuda.so": facts}}))
+    if problem is None:
+        assert "archs 80;90a" in words
+        assert problems == []
+    else:
+        assert problem in words
+        assert len(problems) == 1
+        assert "TRIMTAB_CUDA_ARCHS=75" in problems[0]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", "{}", '{"libraries": 3}', "\x00"])

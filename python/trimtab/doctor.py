@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -216,8 +217,48 @@ def _libraries() -> Report:
         built_with = {
             key: facts[key] for key in ("compiler", "torch", "cuda", "archs") if key in facts
         }
+        if device == "cuda" and reason is None:
+            reason = _gpu_without_code(facts.get("archs"))
         found[f"_{device}.so"] = {"present": present, "reason": reason, "built_with": built_with}
     return found
+
+
+def _gpu_without_code(archs: str | None) -> str | None:
+    """Which GPU of this machine the CUDA library was not compiled for, or None."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() and archs else 0
+    for index in range(count):
+        major, minor = torch.cuda.get_device_capability(index)
+        if gpu_code(archs or "", major, minor) is None:
+            return (
+                f"has code for {archs}, none for cuda:{index} of capability {major}.{minor}; "
+                f"build with TRIMTAB_CUDA_ARCHS={major}{minor}"
+            )
+    return None
+
+
+def gpu_code(archs: str, major: int, minor: int) -> str | None:
+    """What a GPU runs of a library that ``setup.py`` built.
+
+    Args:
+        archs: as in ``TRIMTAB_CUDA_ARCHS``, for example ``80;90a;100f``.
+        major: compute capability of the GPU.
+        minor: its second digit.
+
+    Returns:
+        ``sm_90a`` for machine code, ``compute_80`` for PTX that the driver compiles, or None.
+    """
+    names = [name for name in re.split(r"[;,\s]+", archs) if name]
+    numbers = {name: divmod(int(name.rstrip("af")), 10) for name in names}
+    for name, (of_major, of_minor) in numbers.items():
+        later = minor == of_minor if name.endswith("a") else minor >= of_minor
+        if major == of_major and later:
+            return f"sm_{name}"
+    plain = max((number for name, number in numbers.items() if name.isdigit()), default=None)
+    if plain is not None and plain <= (major, minor):
+        return f"compute_{plain[0]}{plain[1]}"
+    return None
 
 
 def _devices() -> tuple[str, ...]:

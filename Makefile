@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC))
+CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/*/*))
 FAMILIES := $(or $(FAMILY),$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py)))
 
 # Stamps. Those that depend on a variable carry its value, so that another value is not ignored.

@@ -14,7 +14,7 @@ import torch
 
 from orthogonal_cases import check_penalty, integers, leaves, modules, normal, oracle
 from trimtab import _native, orthogonal_penalty
-from trimtab.testing import assert_same_bits
+from trimtab.testing import assert_same_bits, assert_within_budget
 
 pytestmark = pytest.mark.skipif(
     _native.REASONS["cpu"] is not None, reason=str(_native.REASONS["cpu"])
@@ -261,3 +261,97 @@ def test_freed_memory_raises():
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="must have memory"):
         ROWS([freed], [1], [C], None, False, VALUE, None, None)
+
+
+POOL = torch.zeros(60)
+
+
+@pytest.mark.parametrize(
+    ("value", "current", "previous", "grad_current", "grad_previous"),
+    [(VALUE, C, P, POOL[:10], POOL[9:29]), (POOL[3], C, P, POOL[:10], None),
+     (POOL[3], C, P, None, POOL[:20]), (VALUE, C, P, None, P.view(-1)),
+     (VALUE, POOL[8:18].view(2, 5), P, POOL[:10], None), (C[1, 4], C, P, None, None),
+     (VALUE, C, POOL[5:25].view(4, 5), POOL[:10], None)],
+)  # fmt: skip
+def test_outputs_of_the_penalty_that_share_memory_raise(
+    value, current, previous, grad_current, grad_previous
+):
+    before = [t.clone() for t in (POOL, VALUE, C, P)]
+    with pytest.raises(RuntimeError, match="must not share memory with"):
+        ROWS([previous], [1], [current], None, False, value, grad_current, grad_previous)
+    for ours, kept in zip((POOL, VALUE, C, P), before, strict=True):
+        assert_same_bits(ours, kept)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "bases", "outs"),
+    [([P], [C], [P]), ([P, P], [C, C], [POOL[:20].view(4, 5), POOL[19:39].view(4, 5)]),
+     ([POOL[10:30].view(4, 5)], [C], [POOL[:20].view(4, 5)]),
+     ([P], [POOL[19:29].view(2, 5)], [POOL[:20].view(4, 5)]),
+     ([P, POOL[:20].view(4, 5)], [C, C], [POOL[:20].view(4, 5), P.clone()])],
+)  # fmt: skip
+def test_outputs_of_the_projection_that_share_memory_raise(tensors, bases, outs):
+    before = POOL.clone()
+    with pytest.raises(RuntimeError, match="outs must not share memory with"):
+        PROJECT(tensors, bases, outs)
+    assert_same_bits(POOL, before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "width"),
+    [(700, 8, 252), (5000, 8, 64), (100000, 8, 16), (448, 64, 512), (1000, 32, 300)],
+)
+def test_gradients_of_many_rows_stay_within_the_budget(rows, rank, width):
+    """Sums of a module's rows stay short: eager's are as well."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        p, c = torch.randn(rows, width), torch.randn(rank, width)
+        leaves = [t.clone().requires_grad_() for t in (c, c)]
+        exact = 2 * (p.double() @ c.double().mT).mT @ p.double()
+        orthogonal_penalty([p], [leaves[0]], norm="frobenius2", impl="native").backward()
+        (p @ leaves[1].mT).square().sum().backward()
+        assert_within_budget(leaves[0].grad, leaves[1].grad, exact)
+
+
+@pytest.mark.parametrize("place", ["previous", "current", "product"])
+def test_subnormal_numbers_count(place):
+    """The products of bfloat16 pairs take them for 0; rows that could have one go another way."""
+    p, c = torch.full((33, 70), 2.0**100), torch.full((9, 70), 2.0**100)
+    if place == "product":
+        p[:], c[:] = 2.0**-70, 2.0**-70
+    else:
+        {"previous": p, "current": c}[place][:] = 2.0**-130
+    leaf = c.bfloat16().requires_grad_()
+    value = orthogonal_penalty([p.bfloat16()], [leaf], impl="native")
+    value.backward()
+    assert value.item() == 33 * 9 * 70 * float(p[0, 0]) * float(c[0, 0])
+    assert_same_bits(leaf.grad, (33 * p[:9]).bfloat16())
+
+
+def test_an_infinite_last_row_stays_infinite():
+    """Where the rows are odd, none is paired with it."""
+    for rows in (1, 3, 9, 33):
+        p, c = torch.ones(rows, 21).bfloat16(), torch.ones(5, 21).bfloat16().requires_grad_()
+        p[-1] = float("inf")
+        value = orthogonal_penalty([p], [c], impl="native")
+        value.backward()
+        assert value.item() == float("inf")
+        assert bool((c.grad == float("inf")).all())
+
+
+def test_projected_rows_do_not_depend_on_threads_or_on_each_other():
+    torch.manual_seed(0)
+    tensor, basis = torch.randn(70, 300), torch.linalg.qr(torch.randn(300, 40))[0].mT
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, rows in ((1, 70), (2, 70), (2, 1), (2, 9)):
+            torch.set_num_threads(threads)
+            tensors = tensor.split(rows)
+            outs = [torch.empty_like(t) for t in tensors]
+            for t, out in zip(tensors, outs, strict=True):
+                PROJECT([t], [basis], [out])
+            found.append(torch.cat(outs))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert_same_bits(other, found[0])

@@ -1,7 +1,9 @@
-// Orthogonality on the CPU: checks, the cut into slices, threads, registration.
+// Orthogonality on the CPU: checks, threads, registration.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -29,249 +31,355 @@ const OrthogonalFunctions<Element>& functions() {
   return functions_of<Element>(table);
 }
 
-// Below this many products a second thread costs more than it does.
-constexpr int64_t kProductsPerThread = 131072;
-// Rows that one thread takes of a module: those of two megabytes of float32, or 16 tasks of rank 8.
-constexpr int64_t kSliceNumbers = 524288, kSliceRows = 128;
+template <class Element>
+constexpr ScalarType dtype_of = std::is_same_v<Element, float>      ? ScalarType::Float
+                                : std::is_same_v<Element, double>   ? ScalarType::Double
+                                : std::is_same_v<Element, BFloat16> ? ScalarType::BFloat16
+                                                                    : ScalarType::Half;
 
-// Both depend on one module's shapes alone, so that its bits do.
-int64_t rows_in_slice(int64_t width) {
-  return std::max(kSliceRows, kSliceNumbers / std::max<int64_t>(width, 1));
+// Below this many multiplications a second thread costs more than it does.
+constexpr double kPerThread = 1 << 19;
+
+// Has the threads take items from one counter. Which thread takes which item changes no result.
+template <class F>
+void share_items(int64_t items, double multiplications, F&& work) {
+  const int64_t useful = 1 + static_cast<int64_t>(multiplications / kPerThread);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(items, useful), 1, [&](int64_t, int64_t) { work(next); });
+}
+
+// The memory between the first and the last element of a tensor.
+struct Span {
+  const char* argument;
+  const char *begin, *end;
+};
+
+// A matrix as the kernels take it. It is asked for everything once: each question is a call into
+// torch, and there may be a thousand tensors.
+struct Matrix {
+  Rows<void> rows;
+  int64_t columns;
+  Span span;
+
+  template <class Element>
+  Rows<Element> of() const {
+    return {static_cast<const Element*>(rows.data), rows.count, rows.row_stride,
+            rows.column_stride};
+  }
+};
+
+Matrix matrix_of(const char* argument, const Tensor& tensor, ScalarType dtype, int64_t size) {
+  STD_TORCH_CHECK(tensor.dim() == 2, argument, " must hold tensors of two dimensions");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, argument, " must hold tensors of ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t count = sizes[0], columns = sizes[1], row_stride = strides[0];
+  // That of a single column says nothing.
+  const int64_t column_stride = columns > 1 ? strides[1] : 1;
+  const auto* data = static_cast<const char*>(tensor.data_ptr());
+  const bool empty = count == 0 || columns == 0;
+  STD_TORCH_CHECK(data || empty, argument, " must have memory, got freed storage");
+  const int64_t last = (count - 1) * row_stride + (columns - 1) * column_stride;
+  return {{data, count, row_stride, column_stride},
+          columns,
+          {argument, data, empty ? data : data + (last + 1) * size}};
+}
+
+// Refuses outputs that share memory with each other or with an input.
+void check_apart(std::vector<Span> outputs, const std::vector<Span>& inputs) {
+  const auto refuse = [](const Span& output, const Span& other) {
+    STD_TORCH_CHECK(false, output.argument, " must not share memory with ", other.argument);
+  };
+  const auto empty = [](const Span& span) { return span.begin == span.end; };
+  outputs.erase(std::remove_if(outputs.begin(), outputs.end(), empty), outputs.end());
+  std::sort(outputs.begin(), outputs.end(),
+            [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < outputs.size(); ++i)
+    if (outputs[i - 1].end > outputs[i].begin) refuse(outputs[i], outputs[i - 1]);
+  for (const Span& input : inputs) {
+    const auto after =
+        std::partition_point(outputs.begin(), outputs.end(),
+                             [&](const Span& output) { return output.begin < input.end; });
+    if (!empty(input) && after != outputs.begin() && after[-1].end > input.begin)
+      refuse(after[-1], input);
+  }
+}
+
+struct PenaltyArguments {
+  const Tensors& previous;
+  const std::vector<int64_t>& counts;
+  const Tensors& current;
+  const OptionalTensor& weight;
+  bool squared;
+  const Tensor& value;
+  const OptionalTensor &grad_current, &grad_previous;
+};
+
+void check_counts(const PenaltyArguments& arguments) {
+  const int64_t modules = arguments.current.size();
+  STD_TORCH_CHECK(modules > 0, "current must hold a tensor for each module, got none");
+  STD_TORCH_CHECK(static_cast<int64_t>(arguments.counts.size()) == modules,
+                  "counts must be of length ", modules, ", got ", arguments.counts.size());
+  int64_t left = arguments.previous.size();
+  for (int64_t count : arguments.counts) {
+    STD_TORCH_CHECK(count >= 0 && count <= left, "counts must be of the tensors of previous, got ",
+                    count, " where ", left, " are left");
+    left -= count;
+  }
+  STD_TORCH_CHECK(left == 0, "counts must add up to the tensors of previous, ", left, " are left");
+}
+
+// How `current` is read, whose dtype need not be that of `previous`.
+template <class Real>
+struct CurrentType {
+  ScalarType dtype;
+  int64_t size;
+  decltype(PackableRows<Real>::pack) pack;
+};
+
+template <class Real>
+CurrentType<Real> current_type(const Tensor& like) {
+  CurrentType<Real> type{};
+  dispatch_floating("current", like, [&](auto tag) {
+    using Element = typename decltype(tag)::type;
+    if constexpr (std::is_same_v<typename Accumulate<Element>::type, Real>)
+      type = {dtype_of<Element>, sizeof(Element), functions<Element>().pack};
+  });
+  STD_TORCH_CHECK(type.pack, "current must be float64 where previous is, and only there");
+  return type;
 }
 
 template <class Element>
-constexpr ScalarType dtype_of =
-    std::is_same_v<Element, double> ? ScalarType::Double : ScalarType::Float;
-
-// The rows of matrices of one dtype and width, one after the other.
-class RowList {
- public:
-  void add(const char* argument, const Tensor& matrix, ScalarType dtype, int64_t width) {
-    STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(1) == width, argument,
-                    " must be matrices with rows of ", width);
-    STD_TORCH_CHECK(matrix.scalar_type() == dtype, argument, " must be of one dtype, got ",
-                    torch::headeronly::toString(matrix.scalar_type()), " beside ",
-                    torch::headeronly::toString(dtype));
-    const char* row = static_cast<const char*>(matrix.data_ptr());
-    STD_TORCH_CHECK(row || matrix.numel() == 0, argument, " must have memory, got freed storage");
-    const int64_t count = matrix.size(0), stride = matrix.stride(1);
-    const int64_t step = matrix.stride(0) * static_cast<int64_t>(matrix.element_size());
-    for (int64_t i = 0; i < count; ++i, row += step) rows_.push_back({row, stride});
-  }
-  int64_t size() const { return static_cast<int64_t>(rows_.size()); }
-  const RowRef* at(int64_t i) const { return rows_.data() + i; }
-
- private:
-  std::vector<RowRef> rows_;
-};
-
-// Slices in the order of the modules, and what each costs.
-template <class Slice>
-struct Work {
-  std::vector<Slice> slices;
-  std::vector<int64_t> begin{0};  // products before each slice
-
-  void add(const Slice& slice, int64_t products) {
-    slices.push_back(slice);
-    begin.push_back(begin.back() + std::max<int64_t>(products, 1));
-  }
-  // Calls f(slice) for all; a thread takes those that begin in its share of the products.
-  template <class F>
-  void run(F&& f) {
-    torch::stable::parallel_for(0, begin.back(), kProductsPerThread, [&](int64_t from, int64_t to) {
-      const auto starts = begin.begin();
-      auto i = std::lower_bound(starts, begin.end() - 1, from) - starts;
-      for (; i < static_cast<int64_t>(slices.size()) && begin[i] < to; ++i) f(slices[i]);
-    });
-  }
-};
-
-template <class Real>
-Real* flat_output(const char* argument, const OptionalTensor& out, const Tensors& like) {
-  if (!out.has_value()) return nullptr;
-  int64_t count = 0;
-  for (const Tensor& tensor : like) count += tensor.numel();
-  check_vector(argument, *out, count, dtype_of<Real>);
-  return static_cast<Real*>(out->data_ptr());
-}
-
-// The parts of a module's gradient that its slices made, beyond the first.
-template <class Real>
-struct Sum {
-  size_t first_slice;
-  Real* total;
-  const Real* parts;
-  int64_t count, size;
-};
-
-// The penalty's slices with their memory.
-template <class Real>
 struct Penalty {
-  Work<OverlapSlice<Real>> work;
-  std::vector<Sum<Real>> sums;
-  std::vector<Real> parts;
-
-  // Appends the slices of a module. `parts` has to be given its memory afterwards.
-  void add_module(OverlapSlice<Real> module) {
-    const int64_t rows = module.previous_count, step = rows_in_slice(module.width);
-    const int64_t block = module.current_count * module.width;
-    if (module.grad_current && rows > step)
-      sums.push_back({work.slices.size(), module.grad_current, nullptr, (rows - 1) / step, block});
-    for (int64_t first = 0; first < std::max<int64_t>(rows, 1); first += step) {
-      OverlapSlice<Real> slice = module;
-      slice.previous += first;
-      slice.previous_count = std::min(step, rows - first);
-      if (module.grad_previous) slice.grad_previous += first * module.width;
-      if (first > 0) slice.grad_current = nullptr;
-      work.add(slice, slice.previous_count * block);
-    }
-  }
-
-  // Gives every slice but a module's first a part of its own.
-  void place_parts() {
-    int64_t total = 0;
-    for (const Sum<Real>& sum : sums) total += sum.count * sum.size;
-    parts.resize(static_cast<size_t>(total));
-    Real* next = parts.data();
-    for (Sum<Real>& sum : sums) {
-      sum.parts = next;
-      for (int64_t i = 1; i <= sum.count; ++i, next += sum.size)
-        work.slices[sum.first_slice + i].grad_current = next;
-    }
-  }
-
-  double run(void (*overlap)(OverlapSlice<Real>&)) {
-    place_parts();
-    work.run(overlap);
-    Work<Sum<Real>> totals;
-    for (const Sum<Real>& sum : sums) totals.add(sum, sum.count * sum.size);
-    totals.run([](const Sum<Real>& sum) {
-      for (int64_t part = 0; part < sum.count; ++part)
-        for (int64_t i = 0; i < sum.size; ++i) sum.total[i] += sum.parts[part * sum.size + i];
-    });
-    double value = 0, rounded_away = 0;
-    for (const auto& slice : work.slices) {
-      const double next = value + slice.value;
-      rounded_away += std::abs(value) > std::abs(slice.value) ? (value - next) + slice.value
-                                                              : (slice.value - next) + value;
-      value = next;
-    }
-    // Of an infinite sum nothing was rounded away.
-    return std::isfinite(rounded_away) ? value + rounded_away : value;
-  }
+  std::vector<Rows<Element>> previous;
+  std::vector<PenaltyModule<Element>> modules;
+  std::vector<Span> inputs;
+  int64_t current_elements = 0, previous_elements = 0;
+  double multiplications = 0;
 };
 
-template <class Real>
-const Real* weights_of(const OptionalTensor& weight, int64_t modules) {
-  if (!weight.has_value()) return nullptr;
-  check_vector("weight", *weight, modules, dtype_of<Real>);
-  return static_cast<const Real*>(weight->data_ptr());
-}
-
-int64_t width_of(const Tensor& matrix) {
-  STD_TORCH_CHECK(matrix.dim() == 2, "current must be matrices");
-  return matrix.size(1);
-}
-
-void orthogonal_penalty_rows(Tensors previous, std::vector<int64_t> counts, Tensors current,
-                             const OptionalTensor& weight, bool squared, const Tensor& value,
-                             const OptionalTensor& grad_current,
-                             const OptionalTensor& grad_previous) {
-  const int64_t modules = static_cast<int64_t>(current.size());
-  STD_TORCH_CHECK(modules > 0, "current must have a module or more");
-  STD_TORCH_CHECK(static_cast<int64_t>(counts.size()) == modules,
-                  "counts must have a number for each of ", modules, " modules");
-  int64_t total = 0;
-  for (int64_t count : counts) {
-    STD_TORCH_CHECK(count >= 0 && count <= static_cast<int64_t>(previous.size()) - total,
-                    "counts must be of the tensors of previous, got ", count);
-    total += count;
+template <class Element>
+Penalty<Element> read_penalty(const PenaltyArguments& arguments) {
+  using Real = typename Accumulate<Element>::type;
+  const Tensors& current = arguments.current;
+  const auto type = current_type<Real>(current[0]);
+  Penalty<Element> penalty;
+  penalty.previous.reserve(arguments.previous.size());
+  penalty.modules.reserve(current.size());
+  penalty.inputs.reserve(arguments.previous.size() + current.size());
+  auto next = arguments.previous.begin();
+  for (size_t m = 0; m < current.size(); ++m) {
+    const Matrix c = matrix_of("current", current[m], type.dtype, type.size);
+    penalty.inputs.push_back(c.span);
+    int64_t rows = 0;
+    const Rows<Element>* const first = penalty.previous.data() + penalty.previous.size();
+    for (const auto end = next + arguments.counts[m]; next != end; ++next) {
+      const Matrix p = matrix_of("previous", *next, dtype_of<Element>, sizeof(Element));
+      STD_TORCH_CHECK(p.columns == c.columns, "previous must have rows of ", c.columns,
+                      " as current has, got ", p.columns);
+      penalty.inputs.push_back(p.span);
+      penalty.previous.push_back(p.of<Element>());
+      rows += p.rows.count;
+    }
+    penalty.modules.push_back({first, rows, {c.rows, type.pack}, c.columns, 0, nullptr, nullptr});
+    penalty.current_elements += c.rows.count * c.columns;
+    penalty.previous_elements += rows * c.columns;
+    // Four for each element of `current` are about what it costs to pack them.
+    penalty.multiplications += (rows + 4.0) * c.rows.count * c.columns;
   }
-  STD_TORCH_CHECK(total == static_cast<int64_t>(previous.size()),
-                  "counts must add up to the tensors of previous, got ", total);
-  const Tensor& first_previous = previous.empty() ? current[0] : previous[0];
-  dispatch_floating("current", current[0], [&](auto current_tag) {
-    using Current = typename decltype(current_tag)::type;
-    using Real = typename Accumulate<Current>::type;
-    dispatch_floating("previous", first_previous, [&](auto previous_tag) {
-      using Previous = typename decltype(previous_tag)::type;
-      if constexpr (!std::is_same_v<typename Accumulate<Previous>::type, Real>) {
-        STD_TORCH_CHECK(false, "previous must be float64 where current is, and only there");
-      } else {
-        STD_TORCH_CHECK(value.numel() == 1 && value.scalar_type() == dtype_of<Real>,
-                        "value must be one number of the result's dtype");
-        const Real* const factors = weights_of<Real>(weight, modules);
-        Real* to_current = flat_output<Real>("grad_current", grad_current, current);
-        Real* to_previous = flat_output<Real>("grad_previous", grad_previous, previous);
-        RowList earlier, later;
-        std::vector<OverlapSlice<Real>> slices;
-        size_t tensor = 0;
-        for (int64_t m = 0; m < modules; ++m) {
-          const int64_t width = width_of(current[m]), before = earlier.size();
-          for (int64_t i = 0; i < counts[m]; ++i)
-            earlier.add("previous", previous[tensor++], first_previous.scalar_type(), width);
-          later.add("current", current[m], current[0].scalar_type(), width);
-          const int64_t rows = earlier.size() - before, ranks = current[m].size(0);
-          slices.push_back({nullptr, rows, functions<Previous>().read, nullptr, ranks,
-                            functions<Current>().read, width, factors ? factors[m] : Real{1},
-                            squared, 0.0, to_current, to_previous});
-          if (to_current) to_current += ranks * width;
-          if (to_previous) to_previous += rows * width;
-        }
-        // The lists have stopped growing: their rows stay where they are.
-        Penalty<Real> penalty;
-        int64_t row = 0, rank = 0;
-        for (OverlapSlice<Real>& module : slices) {
-          module.previous = earlier.at(row);
-          module.current = later.at(rank);
-          row += module.previous_count;
-          rank += module.current_count;
-          penalty.add_module(module);
-        }
-        using Common = std::conditional_t<std::is_same_v<Previous, Current>, Current, Real>;
-        const double sum = penalty.run(functions<Common>().overlap);
-        *static_cast<Real*>(value.data_ptr()) = static_cast<Real>(sum);
-      }
+  return penalty;
+}
+
+// Checks what is to be written and gives the modules their weights and gradients.
+template <class Element>
+void set_outputs(const PenaltyArguments& arguments, Penalty<Element>& penalty) {
+  using Real = typename Accumulate<Element>::type;
+  const Tensor& value = arguments.value;
+  STD_TORCH_CHECK(value.dim() == 0 && value.scalar_type() == dtype_of<Real>,
+                  "value must be a scalar of ", torch::headeronly::toString(dtype_of<Real>));
+  std::vector<Span> outputs;
+  const auto pointer = [&](const char* argument, const Tensor& tensor, int64_t length) {
+    const auto* data = static_cast<const char*>(tensor.data_ptr());
+    outputs.push_back({argument, data, data + length * sizeof(Real)});
+    return static_cast<Real*>(tensor.data_ptr());
+  };
+  const auto gradient = [&](const char* argument, const OptionalTensor& grad, int64_t length) {
+    if (!grad.has_value()) return static_cast<Real*>(nullptr);
+    check_vector(argument, *grad, length, dtype_of<Real>);
+    return pointer(argument, *grad, length);
+  };
+  pointer("value", value, 1);
+  Real* to_current = gradient("grad_current", arguments.grad_current, penalty.current_elements);
+  Real* to_previous = gradient("grad_previous", arguments.grad_previous, penalty.previous_elements);
+  check_apart(std::move(outputs), penalty.inputs);
+  const Real* weight = nullptr;
+  if (arguments.weight.has_value()) {
+    check_vector("weight", *arguments.weight, penalty.modules.size(), dtype_of<Real>);
+    weight = static_cast<const Real*>(arguments.weight->data_ptr());
+  }
+  for (auto& module : penalty.modules) {
+    module.weight = weight ? *weight++ : Real{1};
+    if (to_current) {
+      module.grad_current = to_current;
+      to_current += module.current.rows.count * module.columns;
+    }
+    if (to_previous) {
+      module.grad_previous = to_previous;
+      to_previous += module.rows * module.columns;
+    }
+  }
+}
+
+// Modules of many rows are worked on in parts, so that one module keeps all threads busy and that
+// sums stay short, which rounds less. What a part holds depends on the module alone.
+int64_t rows_of_part(int64_t rows, int64_t current_rows) {
+  const int64_t most = std::clamp<int64_t>(16 * current_rows, 128, 512);
+  const int64_t parts = (rows + most - 1) / most;
+  return parts <= 1 ? rows : (rows + parts - 1) / parts;
+}
+
+template <class Element>
+void run_penalty(const Penalty<Element>& penalty, bool squared,
+                 typename Accumulate<Element>::type* value) {
+  using Real = typename Accumulate<Element>::type;
+  std::vector<PenaltyChunk<Element>> chunks;
+  std::vector<PartialGradients<Real>> partial;
+  std::vector<int64_t> first_chunk;
+  int64_t length = 0;
+  for (const auto& module : penalty.modules) {
+    const int64_t step = rows_of_part(module.rows, module.current.rows.count);
+    const int64_t size = module.current.rows.count * module.columns;
+    const int64_t parts = step ? (module.rows + step - 1) / step : 1;
+    const Real slope = squared ? 2 * module.weight : module.weight;
+    for (int64_t i = 0; i < parts; ++i)
+      chunks.push_back({&module, i * step, std::min(module.rows, (i + 1) * step),
+                        parts > 1 ? Real{1} : slope, i == 0 ? module.grad_current : nullptr, 0});
+    if (module.grad_current && parts > 1) {
+      partial.push_back({nullptr, parts - 1, size, slope, module.grad_current});
+      first_chunk.push_back(chunks.size() - parts);
+      length += (parts - 1) * size;
+    }
+  }
+  // In one piece, which the allocator keeps: pages that are new every time cost more than the sums.
+  const std::unique_ptr<Real[]> memory(new Real[length]);
+  Real* next_part = memory.get();
+  for (size_t i = 0; i < partial.size(); ++i) {
+    partial[i].parts = next_part;
+    for (int64_t part = 1; part <= partial[i].count; ++part, next_part += partial[i].length)
+      chunks[first_chunk[i] + part].grad_current = next_part;
+  }
+  const PenaltyWork<Element> work{chunks.data(), static_cast<int64_t>(chunks.size()), squared};
+  share_items(work.count, penalty.multiplications,
+              [&](auto& next) { functions<Element>().penalty(work, next); });
+  for (const auto& grad : partial)
+    torch::stable::parallel_for(0, grad.length, 32768, [&](int64_t begin, int64_t end) {
+      functions<Element>().add_parts(grad, begin, end);
     });
+  double total = 0, rounded_away = 0;
+  for (const auto& chunk : chunks) {
+    const double part = static_cast<double>(chunk.module->weight) * chunk.value;
+    const double next = total + part;
+    rounded_away +=
+        std::abs(total) > std::abs(part) ? (total - next) + part : (part - next) + total;
+    total = next;
+  }
+  // Of an infinite sum nothing was rounded away.
+  if (std::isfinite(rounded_away)) total += rounded_away;
+  *value = static_cast<Real>(total);
+}
+
+void orthogonal_penalty_rows(const Tensors& previous, const std::vector<int64_t>& counts,
+                             const Tensors& current, const OptionalTensor& weight, bool squared,
+                             const Tensor& value, const OptionalTensor& grad_current,
+                             const OptionalTensor& grad_previous) {
+  const PenaltyArguments arguments{previous, counts, current,      weight,
+                                   squared,  value,  grad_current, grad_previous};
+  check_counts(arguments);
+  const Tensor& like = previous.empty() ? current[0] : previous[0];
+  dispatch_floating("previous", like, [&](auto tag) {
+    using Element = typename decltype(tag)::type;
+    auto penalty = read_penalty<Element>(arguments);
+    set_outputs(arguments, penalty);
+    run_penalty(penalty, squared,
+                static_cast<typename Accumulate<Element>::type*>(value.data_ptr()));
   });
 }
 
-void project_out_rows(Tensors tensors, Tensors bases, Tensors outs) {
-  STD_TORCH_CHECK(tensors.size() == bases.size() && tensors.size() == outs.size(),
-                  "tensors, bases and outs must be of one length");
+// A tensor, its basis and where the result goes, with their dtype.
+struct ProjectionArguments {
+  ScalarType dtype;
+  Matrix tensor, basis;
+  void* out;
+};
+
+std::vector<ProjectionArguments> read_projections(const Tensors& tensors, const Tensors& bases,
+                                                  const Tensors& outs) {
+  STD_TORCH_CHECK(bases.size() == tensors.size() && outs.size() == tensors.size(),
+                  "bases and outs must hold ", tensors.size(), " tensors, got ", bases.size(),
+                  " and ", outs.size());
+  std::vector<ProjectionArguments> read;
+  std::vector<Span> inputs, outputs;
   for (size_t m = 0; m < tensors.size(); ++m) {
-    const Tensor &tensor = tensors[m], &out = outs[m];
-    STD_TORCH_CHECK(tensor.dim() == 2, "tensors must be matrices");
-    STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == tensor.size(0) &&
-                        out.size(1) == tensor.size(1) && out.is_contiguous() &&
-                        out.scalar_type() == tensor.scalar_type(),
-                    "outs must be contiguous and of the shapes and dtypes of tensors");
+    const ScalarType dtype = tensors[m].scalar_type();
+    int64_t size = 0;
+    dispatch_floating("tensors", tensors[m],
+                      [&](auto tag) { size = sizeof(typename decltype(tag)::type); });
+    const Matrix t = matrix_of("tensors", tensors[m], dtype, size);
+    const Matrix basis = matrix_of("bases", bases[m], dtype, size);
+    const Matrix out = matrix_of("outs", outs[m], dtype, size);
+    STD_TORCH_CHECK(basis.columns == t.columns, "bases must have rows of ", t.columns,
+                    " as tensors have, got ", basis.columns);
+    STD_TORCH_CHECK(
+        out.rows.count == t.rows.count && out.columns == t.columns && outs[m].is_contiguous(),
+        "outs must be contiguous and of the shapes of tensors");
+    inputs.push_back(t.span);
+    inputs.push_back(basis.span);
+    outputs.push_back(out.span);
+    read.push_back({dtype, t, basis, outs[m].data_ptr()});
   }
-  if (tensors.empty()) return;
-  dispatch_floating("tensors", tensors[0], [&](auto tag) {
-    using Element = typename decltype(tag)::type;
-    RowList rows, spans;
-    for (size_t m = 0; m < tensors.size(); ++m) {
-      const int64_t width = tensors[m].size(1);
-      rows.add("tensors", tensors[m], tensors[0].scalar_type(), width);
-      spans.add("bases", bases[m], tensors[0].scalar_type(), width);
-    }
-    Work<ProjectionSlice> work;
-    int64_t row = 0, rank = 0;
-    for (size_t m = 0; m < tensors.size(); ++m) {
-      const int64_t count = tensors[m].size(0), width = tensors[m].size(1);
-      const int64_t ranks = bases[m].size(0), step = rows_in_slice(width);
-      Element* const out = static_cast<Element*>(outs[m].data_ptr());
-      for (int64_t first = 0; first < count; first += step) {
-        const int64_t some = std::min(step, count - first);
-        work.add({rows.at(row + first), some, spans.at(rank), ranks, width, out + first * width},
-                 some * (ranks + 1) * width);
-      }
-      row += count;
-      rank += ranks;
-    }
-    work.run(functions<Element>().project);
-  });
+  check_apart(std::move(outputs), inputs);
+  return read;
+}
+
+// Rows of one tensor that are worked on together, so many that the basis is read seldom and so few
+// that all threads have some. No row's result depends on it.
+int64_t rows_together(int64_t rows) {
+  const int64_t share = rows / torch::stable::get_num_threads();
+  return std::clamp<int64_t>(share / 4 * 4, 4, 16);
+}
+
+template <class Element>
+void project_tensors(const std::vector<ProjectionArguments>& all) {
+  std::vector<Projection<Element>> items;
+  int64_t rows = 0;
+  double multiplications = 0;
+  for (const auto& given : all)
+    if (given.dtype == dtype_of<Element>) rows += given.tensor.rows.count;
+  const int64_t step = rows_together(rows);
+  for (const auto& given : all) {
+    if (given.dtype != dtype_of<Element>) continue;
+    const auto [t, basis] = std::pair{given.tensor.of<Element>(), given.basis.of<Element>()};
+    const int64_t columns = given.tensor.columns;
+    for (int64_t row = 0; row < t.count; row += step)
+      items.push_back({{t.data + row * t.row_stride, std::min(step, t.count - row), t.row_stride,
+                        t.column_stride},
+                       basis,
+                       columns,
+                       static_cast<Element*>(given.out) + row * columns});
+    multiplications += (basis.count + 4.0) * t.count * columns;
+  }
+  const ProjectionWork<Element> work{items.data(), static_cast<int64_t>(items.size())};
+  share_items(work.count, multiplications,
+              [&](auto& next) { functions<Element>().project(work, next); });
+}
+
+void project_out_rows(const Tensors& tensors, const Tensors& bases, const Tensors& outs) {
+  const auto all = read_projections(tensors, bases, outs);
+  project_tensors<float>(all);
+  project_tensors<double>(all);
+  project_tensors<BFloat16>(all);
+  project_tensors<Float16>(all);
 }
 
 }  // namespace

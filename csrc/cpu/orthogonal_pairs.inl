@@ -1,132 +1,112 @@
 // The l1 penalty of bfloat16 rows where the processor multiplies pairs of them (AVX512_BF16); part
 // of orthogonal_rows.inl. Twice the products of float32 in the same time, and no conversion.
 //
-// Products are exact and summed in float32, as elsewhere; subnormal numbers count as 0.
+// The instruction takes subnormal numbers for 0. Rows with a number other than 0 below 2^-55 are
+// therefore left to float32: all products of the others are multiples of 2^-124, and so are sums.
 
 namespace trimtab {
 namespace TRIMTAB_ISA {
 namespace {
 
-constexpr int64_t kNumbers = 32;  // in a vector
-typedef int16_t ShortIndex __attribute__((vector_size(64)));
+using Pairs = Lanes<BFloat16>;
 
-// The numbers that are left of a row, of those that a vector holds.
-inline __mmask32 mask_of(int64_t left) {
-  return left >= kNumbers ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-}
-
-inline __m512i load_numbers(const BFloat16* from, __mmask32 mask) {
-  return _mm512_maskz_loadu_epi16(mask, from);
-}
-
-inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(a), bits_of<__m512bh>(b));
-}
-
-void multiply_tile(const BFloat16* const* a, const BFloat16* const* b, int64_t begin, int64_t end,
-                   float (*products)[kTile]) {
-  __m512 sums[kTile][kTile]{};
-  for (int64_t v = begin; v < end; v += kNumbers) {
-    const __mmask32 mask = mask_of(end - v);
-    __m512i y[kTile];
-    for (int64_t j = 0; j < kTile; ++j) y[j] = load_numbers(b[j] + v, mask);
-    for (int64_t i = 0; i < kTile; ++i) {
-      const __m512i x = load_numbers(a[i] + v, mask);
-      for (int64_t j = 0; j < kTile; ++j) sums[i][j] = add_products(sums[i][j], x, y[j]);
-    }
+inline bool has_tiny(const BFloat16* numbers, int64_t vectors) {
+  // Twice the bits less one: without the sign, and with 0 as the largest.
+  Pairs::Vector least = ~Pairs::Vector{};
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Pairs::Vector x = Pairs::load(numbers + v * Pairs::width), size = x + x - 1;
+    least = size < least ? size : least;
   }
-  for (int64_t i = 0; i < kTile; ++i)
-    for (int64_t j = 0; j < kTile; ++j)
-      products[i][j] = Lanes<float>::sum(bits_of<FloatVector>(sums[i][j]));
+  constexpr uint16_t limit = (127 - 55) << 8;
+  return _mm512_cmplt_epu16_mask(bits_of<__m512i>(least), _mm512_set1_epi16(limit - 1)) != 0;
 }
 
-// Signs as bfloat16, those of two rows in a word.
-using SignPair = uint32_t;
-
-inline SignPair sign_pair(float first, float second) {
-  return bit_cast<uint32_t>(first) >> 16 | (bit_cast<uint32_t>(second) & 0xffff0000u);
+// Two vectors of float32 lanes: the neighbours are numbers of one column.
+inline void interleave(Pairs::Vector a, Pairs::Vector b, Pairs::Vector* out) {
+  Pairs::Vector first;
+  for (int lane = 0; lane < Pairs::width; ++lane) first[lane] = lane / 2 + lane % 2 * Pairs::width;
+  const Pairs::Vector second = first + Pairs::width / 2;
+  const auto pick = [&](Pairs::Vector from) {
+    return bits_of<Pairs::Vector>(_mm512_permutex2var_epi16(
+        bits_of<__m512i>(a), bits_of<__m512i>(from), bits_of<__m512i>(b)));
+  };
+  out[0] = pick(first), out[1] = pick(second);
 }
 
-// As combine_group, of pairs of rows, with signs[pair * outs + j]; writes whole vectors.
-template <int pairs>
-void combine_pairs(const BFloat16* const* rows, int64_t count, const SignPair* signs, float* out,
-                   int64_t outs, int64_t pitch, int64_t begin, int64_t end, bool fresh) {
-  // Interleaves two rows: their first halves, then their second ones.
-  ShortIndex first, second;
-  for (int lane = 0; lane < kNumbers; ++lane) {
-    first[lane] = lane / 2 + lane % 2 * kNumbers;
-    second[lane] = first[lane] + kNumbers / 2;
-  }
-  for (int64_t v = begin; v < end; v += kNumbers) {
-    const __mmask32 mask = mask_of(end - v);
-    __m512i low[pairs], high[pairs];
-    for (int p = 0; p < pairs; ++p) {
-      const __m512i a = load_numbers(rows[2 * p] + v, mask);
-      const __m512i b = 2 * p + 1 < count ? load_numbers(rows[2 * p + 1] + v, mask) : __m512i{};
-      low[p] = _mm512_permutex2var_epi16(a, bits_of<__m512i>(first), b);
-      high[p] = _mm512_permutex2var_epi16(a, bits_of<__m512i>(second), b);
+// As add_gradient_tile, of pairs of rows that are `pitch` vectors apart.
+template <int64_t kVectors>
+void add_signs_tile(const Pairs::Vector* rows, int64_t pitch, int64_t pairs, const uint32_t* signs,
+                    float* grad, bool fresh) {
+  add_outer_products<BFloat16, kVectors, false>(
+      0, pairs, grad, fresh, [&](int64_t p, auto* x, auto* sign) {
+        for (int64_t i = 0; i < kVectors; ++i) x[i] = rows[p * pitch + i];
+        for (int64_t j = 0; j < kGroup; ++j)
+          sign[j] = bits_of<Pairs::Vector>(UintVector{} + signs[p * kGroup + j]);
+      });
+}
+
+// As add_gradient. The signs of G are whole in bfloat16; those of two rows make a word.
+inline void add_signs(const Block<BFloat16, BFloat16>& block, const Packing<float>& packing,
+                      const Workspace<BFloat16>& work, const Ahead<BFloat16>& ahead) {
+  constexpr int64_t kWords = kBlockProducts / 2;
+  auto* const signs = reinterpret_cast<uint32_t*>(work.sums);
+  const int64_t pairs = ceil_div(block.count, 2);
+  for (int64_t g = 0; g < packing.groups(); ++g)
+    for (int64_t k = g * kWords; k < g * kWords + pairs * kGroup; ++k) {
+      const float* const g = work.products + k / kGroup * 2 * kGroup + k % kGroup;
+      signs[k] = bit_cast<uint32_t>(g[0]) >> 16 | (bit_cast<uint32_t>(g[kGroup]) & 0xffff0000u);
     }
-    for (int64_t j = 0; j < outs; ++j) {
-      float* const to = out + j * pitch + v;
-      __m512 sum[2]{};
-      if (!fresh) sum[0] = _mm512_loadu_ps(to), sum[1] = _mm512_loadu_ps(to + 16);
-      for (int p = 0; p < pairs; ++p) {
-        const __m512i sign = _mm512_set1_epi32(static_cast<int>(signs[p * outs + j]));
-        sum[0] = add_products(sum[0], low[p], sign);
-        sum[1] = add_products(sum[1], high[p], sign);
+  for (int64_t v = 0; v < packing.vectors(); v += kTile) {
+    ahead.fetch(v * TRIMTAB_WIDTH, kTile * TRIMTAB_WIDTH);
+    Pairs::Vector strip[kBlockRows / 2][kTile];
+    for (int64_t p = 0; p < pairs; ++p)
+      for (int64_t half = 0; half < kTile; half += 2) {
+        const int64_t at = (v + half) / 2;
+        if (at >= block.whole_vectors + block.has_tail) continue;
+        const auto row = [&](int64_t i) {
+          return i == block.count ? Pairs::Vector{} : Pairs::load(block.vector(i, at));
+        };
+        interleave(row(2 * p), row(2 * p + 1), strip[p] + half);
       }
-      _mm512_storeu_ps(to, sum[0]), _mm512_storeu_ps(to + 16, sum[1]);
+    for (int64_t g = 0; g < packing.groups(); ++g) {
+      float* const grad = work.grad + packing.at(g, v);
+      if (v + kTile <= packing.vectors())
+        add_signs_tile<kTile>(strip[0], kTile, pairs, signs + g * kWords, grad, block.is_first);
+      else
+        for (int64_t k = 0; v + k < packing.vectors(); ++k)
+          add_signs_tile<1>(strip[0] + k, kTile, pairs, signs + g * kWords,
+                            grad + k * kGroup * TRIMTAB_WIDTH, block.is_first);
     }
   }
 }
 
-// As combine, of a block whose signs are g (count, outs).
-inline void combine_signs(const BFloat16* const* rows, int64_t count, const float* g, float* out,
-                          int64_t pitch, int64_t outs, int64_t width, bool fresh) {
-  static constexpr decltype(&combine_pairs<1>) groups[] = {combine_pairs<1>, combine_pairs<2>,
-                                                           combine_pairs<3>, combine_pairs<4>};
-  std::vector<SignPair> signs((count + 1) / 2 * outs);
-  for (int64_t i = 0; i < count; i += 2)
-    for (int64_t j = 0; j < outs; ++j)
-      signs[i / 2 * outs + j] =
-          sign_pair(g[i * outs + j], i + 1 < count ? g[(i + 1) * outs + j] : 0.0f);
-  const int64_t panel = panel_of(outs);
-  for (int64_t begin = 0; begin < width; begin += panel)
-    for (int64_t i = 0; i < count; i += kGroup) {
-      const int64_t some = std::min(kGroup, count - i);
-      groups[(some - 1) / 2](rows + i, some, signs.data() + i / 2 * outs, out, outs, pitch, begin,
-                             std::min(begin + panel, width), fresh && i == 0);
-    }
-}
-
-inline bool are_contiguous(const RowRef* rows, int64_t count) {
-  return std::all_of(rows, rows + count, [](const RowRef& row) { return row.stride == 1; });
-}
-
-void overlap_of_pairs(OverlapSlice<float>& slice) {
-  const int64_t rows = slice.previous_count, ranks = slice.current_count, width = slice.width;
-  if (slice.squared || slice.grad_previous || !are_contiguous(slice.previous, rows) ||
-      !are_contiguous(slice.current, ranks))
-    return overlap<float>(slice);
-  const int64_t most = std::min(rows_in_block((width + 1) / 2, ranks), rows);
-  const int64_t pitch = pitch_of(width);
-  RowPointers<BFloat16> previous(rows), current(ranks);
-  for (int64_t i = 0; i < rows; ++i) previous[i] = elements<BFloat16>(slice.previous[i]);
-  for (int64_t j = 0; j < ranks; ++j) current[j] = elements<BFloat16>(slice.current[j]);
-  const Buffer<float> g(most * ranks), grad(slice.grad_current ? ranks * pitch : 0);
-  if (rows == 0 && slice.grad_current) std::fill_n(grad.get(), ranks * pitch, 0.0f);
-  WideSum<double> value;
-  for (int64_t first = 0; first < rows; first += most) {
-    const int64_t count = std::min(most, rows - first);
-    for (int64_t i = first; i < first + count; ++i) touch(previous[i], width);
-    multiply(previous.data() + first, count, current.data(), ranks, width, g.get());
-    value.add(slope_of(g.get(), count * ranks, 1.0f, false));
-    if (slice.grad_current)
-      combine_signs(previous.data() + first, count, g.get(), grad.get(), pitch, ranks, width,
-                    first == 0);
-  }
-  write_grad(slice, grad.get(), slice.weight);
-  slice.value = value.value() * static_cast<double>(slice.weight);
+// Whether the rows are such that this could be done.
+inline bool penalty_of_pairs(PenaltyChunk<BFloat16>& chunk, const Workspace<BFloat16>& work) {
+  const PenaltyModule<BFloat16>& module = *chunk.module;
+  if (module.grad_previous || module.current.pack != pack<float, BFloat16>) return false;
+  const Packing<BFloat16> packing{module.current.rows.count, module.columns};
+  auto* const packed = reinterpret_cast<BFloat16*>(work.packed);
+  pack<BFloat16, BFloat16>(module.current.rows, module.columns, packed);
+  if (has_tiny(packed, packing.size() / Pairs::width)) return false;
+  if (chunk.grad_current && chunk.begin == chunk.end)
+    fill_zero(work.grad, packing_of(module).size());
+  WideSum<float> value;
+  const bool done =
+      for_each_block(module.previous, chunk.begin, chunk.end, packing, work.gathered, true,
+                     [&](const auto& block, const auto& ahead) {
+                       for (int64_t i = 0; i < block.count; ++i)
+                         if (has_tiny(block.row[i], block.whole_vectors) ||
+                             has_tiny(block.tails[i], block.has_tail))
+                           return false;
+                       block_products(block, packing, packed, work);
+                       apply_norm(work.products, packing.groups(), block.used, false, value);
+                       if (chunk.grad_current) add_signs(block, packing_of(module), work, ahead);
+                       return true;
+                     });
+  if (!done) return false;
+  chunk.value = value.value();
+  write_current(chunk, work);
+  return true;
 }
 
 }  // namespace

@@ -1,60 +1,94 @@
-// What the orthogonal operators do with some rows of a module.
+// What one thread does for the orthogonal operators.
 //
 // Each instruction set compiles orthogonal_rows.inl into a table of these, and orthogonal.cpp picks
-// a table when the library is loaded.
+// a table when the library is loaded. The threads take items from one counter until none is left:
+// what an item computes depends neither on its thread nor on the other items.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "common/dtype.h"
 
 namespace trimtab {
 
-// A row in memory, and how far apart its elements are.
-struct RowRef {
-  const void* data;
-  int64_t stride;
+// Rows of a matrix, at strides in elements.
+template <class Element>
+struct Rows {
+  const Element* data;
+  int64_t count, row_stride, column_stride;
 };
 
-// Makes `count` rows of `width` elements readable as contiguous numbers: `out` gets a pointer to
-// each, into `scratch` (count, width) where they have to be converted or gathered.
+// Rows of a dtype that only `pack` knows: it writes them in the order that the kernels read.
 template <class Real>
-using ReadRows = void (*)(const RowRef* rows, int64_t count, int64_t width, Real* scratch,
-                          const Real** out);
+struct PackableRows {
+  Rows<void> rows;
+  void (*pack)(const Rows<void>& rows, int64_t columns, Real* packed);
+};
 
-// Previous rows P of a module against all its current rows C, with G = P C^T.
-template <class Real>
-struct OverlapSlice {
-  const RowRef* previous;
-  int64_t previous_count;
-  ReadRows<Real> read_previous;
-  const RowRef* current;
-  int64_t current_count;
-  ReadRows<Real> read_current;
-  int64_t width;
+template <class Element>
+struct PenaltyModule {
+  using Real = typename Accumulate<Element>::type;
+  // Several, of so many rows together.
+  const Rows<Element>* previous;
+  int64_t rows;
+  PackableRows<Real> current;
+  int64_t columns;
   Real weight;
-  bool squared;
-  double value;         // written: weight * sum |G|, or of the squares
-  Real* grad_current;   // written: the part of these rows, (current_count, width), or null
-  Real* grad_previous;  // written, (previous_count, width), or null
+  // Contiguous, or null; grad_previous is that of all the tensors one after the other.
+  Real *grad_current, *grad_previous;
 };
 
-// Rows t of a tensor against all rows Q of its basis: out = t - (t Q^T) Q.
-struct ProjectionSlice {
-  const RowRef* tensor;
-  int64_t tensor_count;
-  const RowRef* basis;
-  int64_t basis_count;
-  int64_t width;
-  void* out;  // (tensor_count, width) of the tensor's elements
+// Rows [begin, end) of a module's `previous`. Their part of the gradient of `current`, but for the
+// weight and times `scale`, goes to `grad_current` where that is not null.
+template <class Element>
+struct PenaltyChunk {
+  using Real = typename Accumulate<Element>::type;
+  const PenaltyModule<Element>* module;
+  int64_t begin, end;
+  Real scale;
+  Real* grad_current;
+  double value;
+};
+
+template <class Element>
+struct PenaltyWork {
+  PenaltyChunk<Element>* chunks;
+  int64_t count;
+  bool squared;
+};
+
+// The gradient of a module whose rows were several chunks: `scale` times the sum of theirs.
+template <class Real>
+struct PartialGradients {
+  const Real* parts;
+  int64_t count, length;
+  Real scale;
+  Real* out;
+};
+
+// Contiguous rows `out`: a tensor's rows without what lies in the span of `basis`.
+template <class Element>
+struct Projection {
+  Rows<void> rows;
+  Rows<Element> basis;
+  int64_t columns;
+  Element* out;
+};
+
+template <class Element>
+struct ProjectionWork {
+  const Projection<Element>* items;
+  int64_t count;
 };
 
 template <class Element>
 struct OrthogonalFunctions {
   using Real = typename Accumulate<Element>::type;
-  ReadRows<Real> read;
-  void (*overlap)(OverlapSlice<Real>&);  // of rows that are Element on both sides
-  void (*project)(const ProjectionSlice&);
+  void (*pack)(const Rows<void>& rows, int64_t columns, Real* packed);
+  void (*penalty)(const PenaltyWork<Element>&, std::atomic<int64_t>& next);
+  void (*add_parts)(const PartialGradients<Real>&, int64_t begin, int64_t end);
+  void (*project)(const ProjectionWork<Element>&, std::atomic<int64_t>& next);
 };
 
 struct OrthogonalTable {

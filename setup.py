@@ -56,6 +56,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # The rounding of every operation is part of what these families promise.
 EXACT_FAMILIES = ("contrast",)
 EXACT = ["-ffp-contract=off"]
+EXACT_NVCC = ["-fmad=false"]
 # File name suffix -> flags. Linked in this order: of a function that several files instantiate the
 # linker keeps the first, and that one must run on every processor that reaches it.
 INSTRUCTION_SETS = {
@@ -202,10 +203,14 @@ def gencode_flags(archs: str, release: str) -> list[str]:
 
 
 def nvcc_command(nvcc: str, compiler: list[str], gencode: list[str], torch: Path) -> list[str]:
-    """What compiles a .cu file, without input and output."""
+    """What compiles a .cu file, without input and output and `own_nvcc_flags`."""
     include, _ = torch_flags(torch)
     include = [f"-Xcompiler={flag}" if flag.startswith("-f") else flag for flag in include]
     return [nvcc, "-ccbin", compiler[0], *NVCC_FLAGS, *gencode, *include]
+
+
+def own_nvcc_flags(source: Path) -> list[str]:
+    return EXACT_NVCC if source.name.startswith(EXACT_FAMILIES) else []
 
 
 def nvcc_link(nvcc: str, compiler: list[str]) -> list[str]:
@@ -241,10 +246,11 @@ def cuda_library() -> Library:
         "cuda": release,
         "archs": archs,
         "flags": NVCC_FLAGS + gencode,
-        "sources": {source.name: [] for source in sources},
+        "sources": {source.name: own_nvcc_flags(source) for source in sources},
     }
     link = [*nvcc_link(nvcc, compiler), *nvcc_libraries(folder)]
-    return Library("cuda", [Unit(source, command) for source in sources], link, info)
+    units = [Unit(source, [*command, *own_nvcc_flags(source)]) for source in sources]
+    return Library("cuda", units, link, info)
 
 
 def make_plan(mode: str) -> tuple[list[Library], dict[str, Any]]:

@@ -43,6 +43,12 @@ inline const Tensor* pointer_to(const OptionalTensor& tensor) {
   return tensor.has_value() ? &*tensor : nullptr;
 }
 
+inline void check_device(const char* argument, const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+      argument, " must be on the device of the other tensors");
+}
+
 // A contiguous vector of the given length and dtype.
 inline void check_vector(const char* argument, const Tensor& tensor, int64_t length,
                          ScalarType dtype) {

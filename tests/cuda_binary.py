@@ -73,6 +73,7 @@ def compile_object(source: Path) -> Path:
     except build["Unavailable"] as reason:
         pytest.skip(str(reason))
     command = build["nvcc_command"](path, compiler, gencode, build["find_torch"]()[0])
+    command += build["own_nvcc_flags"](source)
     made_by = json.dumps([command, release, version, torch.__version__])
 
     def make(target: Path, listing: Path) -> None:

@@ -27,7 +27,27 @@ MEASURED_WITH = "13.0"
 HEADROOM = 8
 
 BUDGETS: dict[str, dict[str, Budget]] = {
-    "token_loss": {},
-    "contrast": {},
-    "orthogonal": {},
+    "token_loss": {
+        "accumulate_kernel<*>": Budget(32, "load store"),
+        # Two blocks of 512 threads, or three of 256, have their registers.
+        "loss_kernel<*>": Budget(64, "load store copy"),
+        "logp_kernel<*>": Budget(64, "load store copy"),
+    },
+    "contrast": {
+        # Two blocks of 512 threads have their registers, or one of 1,024.
+        "contrastive_logits_kernel<*>": Budget(56, "load store"),
+        "contrastive_logp_kernel<*>": Budget(56, "load"),
+        "contrastive_logp_backward_kernel<*>": Budget(59, "load store"),
+    },
+    "orthogonal": {
+        # Four blocks of 256 threads have their registers.
+        "fused_kernel<TensorCore<*, 32> >": Budget(64, "load copy"),
+        # Two; 44 or 48 registers are sums.
+        "fused_kernel<*>": Budget(128, "load copy"),
+        "combine_kernel<*>": Budget(128, "load copy"),
+        "overlap_kernel<*>": Budget(108, "load copy"),
+        "spread_kernel<*>": Budget(128, "load copy"),
+        "finish_kernel": Budget(36),
+        "store_table": Budget(16, "store"),
+    },
 }

@@ -43,15 +43,21 @@ TRIMTAB_HD double to_real(double x) { return x; }
 TRIMTAB_HD float to_real(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
 TRIMTAB_HD float to_real(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float real;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(real) : "h"(x.bits));
+  return real;
+#else
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t rest = uint32_t{x.bits & 0x7fffu};
   if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
   // Shifted into place, the exponent is 112 too small; the product restores it, subnormals
   // included.
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f));
+#endif
 }
 
-// Round to nearest, ties to even.
+// Round to nearest, ties to even. Which of its NaNs stands for a NaN is up to the device.
 template <class Element>
 TRIMTAB_HD Element from_real(float x);
 template <>
@@ -60,12 +66,23 @@ TRIMTAB_HD float from_real<float>(float x) {
 }
 template <>
 TRIMTAB_HD BFloat16 from_real<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+  BFloat16 rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+  return rounded;
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 template <>
 TRIMTAB_HD Float16 from_real<Float16>(float x) {
+#if defined(__CUDA_ARCH__)
+  Float16 rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+  return rounded;
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   uint32_t rest = bits & 0x7fffffffu;
@@ -78,6 +95,7 @@ TRIMTAB_HD Float16 from_real<Float16>(float x) {
   }
   rest += 0xfffu + (rest >> 13 & 1u);
   return {static_cast<uint16_t>(sign | (rest - 0x38000000u) >> 13)};
+#endif
 }
 template <class Element>
 TRIMTAB_HD Element from_real(double x) {

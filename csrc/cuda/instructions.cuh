@@ -71,6 +71,19 @@ TRIMTAB_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// 2**x within 2 ulp (CUDA C++ Programming Guide, exp2f), 0 where that would be subnormal.
+TRIMTAB_DEVICE float exp2_approximate(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+// Unlike that of fmaxf, the larger of a NaN and anything is the NaN.
+TRIMTAB_DEVICE float larger(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+}
+
 // Clusters exist from sm_90 on; before, every block is a cluster of its own.
 TRIMTAB_DEVICE unsigned cluster_rank() {
   unsigned rank = 0;
@@ -93,6 +106,14 @@ TRIMTAB_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
+#endif
+}
+// The last cluster_sync of a kernel: no block leaves while another may read its shared memory. What
+// a thread has read there it must have used before. Unlike cluster_sync it waits for no writes.
+TRIMTAB_DEVICE void cluster_leave() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
 }
 // The same place in the shared memory of another block of the cluster. Valid between two

@@ -131,7 +131,7 @@ inline void allow_shared_memory(const void* kernel, int device, size_t bytes) {
 // Does not wait for the kernel. A grid without blocks is no error: there is nothing to do.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const Shape& shape, cudaStream_t stream, A&&... args) {
-  static_assert((size_t{0} + ... + sizeof(P)) <= 4096, "older drivers pass 4 KB to a kernel");
+  static_assert((size_t{0} + ... + sizeof(P)) <= 32764, "more than a kernel can be passed");
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
   int device = 0;
   check_cuda(cudaGetDevice(&device), "no CUDA device is current");

@@ -52,6 +52,8 @@ struct Host {
   int number = 0;  // another device, another number: nobody keeps what an earlier one had
   std::map<const void*, size_t> allowed;
   std::string error;
+  uint64_t launches = 0;
+  std::array<int64_t, 4> last{};  // blocks, threads, blocks of a cluster, bytes of shared memory
 };
 
 inline Host& host() {
@@ -147,12 +149,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& call = *static_cast<Call*>(arguments);
     std::apply(call.first, call.second);
   };
+  const dim3 grid = config->gridDim;
+  cuda_on_cpu::host().last = {int64_t{grid.x} * grid.y * grid.z, config->blockDim.x, launch.cluster,
+                              static_cast<int64_t>(config->dynamicSmemBytes)};
   const cudaError_t error = cuda_on_cpu::check_launch(launch, config->blockDim);
-  if (error == cudaSuccess) cuda_on_cpu::machine().run(launch);
+  if (error == cudaSuccess) {
+    ++cuda_on_cpu::host().launches;
+    cuda_on_cpu::machine().run(launch);
+  }
   return error;
 }
 
-// What library.py sets.
+// What library.py sets and asks.
 #define CUDA_ON_CPU_EXPORT extern "C" __attribute__((visibility("default"), used)) inline
 CUDA_ON_CPU_EXPORT void cuda_on_cpu_set_schedule(int order, uint64_t seed) {
   cuda_on_cpu::machine().order = static_cast<cuda_on_cpu::Order>(order);
@@ -164,4 +172,9 @@ CUDA_ON_CPU_EXPORT void cuda_on_cpu_set_device(const int* attributes) {
   host.allowed.clear();
   ++host.number;
 }
+CUDA_ON_CPU_EXPORT void cuda_on_cpu_last_launch(int64_t* numbers) {
+  const auto& last = cuda_on_cpu::host().last;
+  std::copy(last.begin(), last.end(), numbers);
+}
+CUDA_ON_CPU_EXPORT uint64_t cuda_on_cpu_launches() { return cuda_on_cpu::host().launches; }
 #undef CUDA_ON_CPU_EXPORT

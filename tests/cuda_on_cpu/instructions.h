@@ -72,10 +72,23 @@ void copy_async_wait() {
   thread.copies.swap(later);
 }
 
+// As far from 2**x as the instruction may be, up or down as the bits of x have it.
+inline float exp2_approximate(float x) {
+  const float power = std::exp2(x);
+  if (x == 0) return 1;
+  if (power < 0x1p-126f) return 0;
+  const bool up = cuda_bits<uint32_t>(x) * 0x9E3779B9u >> 31;
+  return power < 0x1p127f ? power * (up ? 1 + 0x1p-22f : 1 - 0x1p-22f) : power;
+}
+inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+
 inline unsigned cluster_rank() { return machine().current->block->rank; }
 inline unsigned cluster_size() { return machine().launch().cluster; }
 inline void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   machine().cluster_barrier({"cluster_sync()", file, line});
+}
+inline void cluster_leave(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  machine().cluster_barrier({"cluster_leave()", file, line});
 }
 template <class T>
 T* at_rank(T* shared, unsigned rank) {

@@ -127,7 +127,7 @@ def run_sanitized(program: str | Path, *arguments: str, timeout: float = 250) ->
 
 @functools.cache
 def load_file(source: Path, sanitize: bool = False) -> SimpleNamespace:
-    """Builds and loads one file, and gives the operators that it registers."""
+    """Builds and loads one file; gives its operators, ``launches()`` and ``last_launch()``."""
     definitions()
     path = build(source, sanitize)
     before = _registered()
@@ -136,7 +136,20 @@ def load_file(source: Path, sanitize: bool = False) -> SimpleNamespace:
     _loaded.append(library)
     _apply(library)
     ours = getattr(torch.ops, NAMESPACE)
-    return SimpleNamespace(**{name: getattr(ours, name) for name in _registered() - before})
+    operators = {name: getattr(ours, name) for name in _registered() - before}
+    library.cuda_on_cpu_launches.restype = ctypes.c_uint64
+    return SimpleNamespace(
+        **operators,
+        launches=library.cuda_on_cpu_launches,
+        last_launch=functools.partial(_last_launch, library),
+    )
+
+
+def _last_launch(library: ctypes.CDLL) -> dict[str, int]:
+    """How the library's latest kernel was launched."""
+    numbers = (ctypes.c_int64 * 4)()
+    library.cuda_on_cpu_last_launch(numbers)
+    return dict(zip(("blocks", "threads", "cluster", "shared_bytes"), numbers, strict=True))
 
 
 @functools.cache

@@ -39,6 +39,10 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "contrastive_logp_kernel<*>": Budget(56, "load"),
         "contrastive_logp_backward_kernel<*>": Budget(59, "load store"),
     },
+    "contrast_sample": {
+        # Two blocks of 512 threads have their registers.
+        "contrastive_sample_kernel<*>": Budget(64, "load"),
+    },
     "orthogonal": {
         # Four blocks of 256 threads have their registers.
         "fused_kernel<TensorCore<*, 32> >": Budget(64, "load copy"),

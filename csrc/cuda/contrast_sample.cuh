@@ -334,7 +334,8 @@ TRIMTAB_DEVICE bool use_list(SampleCluster& cluster, const ScoreSlice& row, floa
                              Draw&& draw_from) {
   const int64_t threads = int64_t{blockDim.x} * cluster.size();
   const bool ranked = given.top_k < classes;
-  // Half of the threads: more of the list's room would not be filled.
+  // For top-p half of what there is room for: a thread may have more than one score above the
+  // bound.
   const int64_t wanted = ranked ? given.top_k : min(threads, int64_t{kListed}) / 2;
   if ((!ranked && !(given.tail >= 0)) || wanted > threads) return false;
   // Every block is past the row before, and none at the list yet.

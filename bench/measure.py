@@ -63,7 +63,7 @@ class Effort(NamedTuple):
 
 QUICK = Effort(0.05, 2, 2, repeat=0.0)
 NORMAL = Effort(5.0, 3, 10)
-GPU = Effort(0.5, 5, 20)  # a round is many calls, and a GPU is lent by the minute
+GPU = Effort(0.5, 5, 20)  # there a round is many calls
 FULL = Effort(12.0, 7, 30)
 
 

@@ -70,8 +70,13 @@ def test_nothing_is_skipped_that_this_machine_could_run():
     ("capability", "dtype", "impl", "reason"),
     [
         ((9, 0), torch.bfloat16, "native", "fastest available"),
-        ((7, 5), torch.float16, "triton", "compute capability 8.0, this GPU has 7.5"),
-        ((9, 0), torch.float64, "reference", "torch.float64 is not supported by native on cuda"),
+        (
+            (7, 5),
+            torch.float16,
+            "triton",
+            "linear_logp need compute capability 8.0, this GPU has 7.5",
+        ),
+        ((9, 0), torch.float64, "reference", "torch.float64 is not taken by linear_logp in native"),
     ],
 )
 def test_the_choice_on_a_gpu(monkeypatch, capability, dtype, impl, reason):

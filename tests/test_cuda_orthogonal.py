@@ -16,27 +16,23 @@ from cuda_orthogonal_cases import (
     DEVICES,
     DTYPES,
     HALF,
-    LAYOUTS,
     SINGLE,
     assert_same,
     check_exactly,
-    pairs,
+    kernels,
     project,
-    rows,
     run,
-    truth_of,
 )
 from orthogonal_cases import (
     ODD,
     check_penalty,
-    eager,
     integers,
-    leaves,
     modules,
     normal,
     oracle,
     smallest_product,
 )
+from orthogonal_rows import LAYOUTS, check_within_float32, pairs, truth_of
 from trimtab.testing import assert_same_bits, assert_within_budget
 
 NORMS = ("l1", "frobenius2")
@@ -66,29 +62,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     ids=str,
 )  # fmt: skip
 def test_values_and_gradients(norm: str, earlier: torch.dtype, new: torch.dtype):
-    """Within the budget of float32, whatever the dtypes: their products are exact there."""
     previous, current = modules(previous=earlier, current=new)
     assert smallest_product(previous, current) > 1e-6
-    truth = oracle(previous, current, norm, WEIGHT)
-    plain_previous, plain_current = leaves(
-        [[t.float() for t in tasks] for tasks in previous], [t.float() for t in current]
-    )
-    plain = eager(plain_previous, plain_current, norm, WEIGHT)
-    plain.backward()
-    value, to_current, to_previous = run(previous, current, norm, WEIGHT)
-    assert_within_budget(value, plain.detach(), torch.as_tensor(truth.value))
-    sides = [*zip(to_current, plain_current, truth.current, truth.current_terms, strict=True)]
-    flat = iter(to_previous)
-    for m, tasks in enumerate(plain_previous):
-        sides += [
-            (next(flat), *three)
-            for three in zip(tasks, truth.previous[m], truth.previous_terms[m], strict=True)
-        ]
-    for place, (found, leaf, exact, scale) in enumerate(sides):
-        other = torch.zeros_like(found) if leaf.grad is None else leaf.grad
-        assert_within_budget(found, other, torch.as_tensor(exact), name=str(place), scale=scale)
-        norm_of = float(torch.as_tensor(exact).norm())
-        assert float((found - torch.as_tensor(exact)).norm()) <= 1e-5 * norm_of
+    check_within_float32(run, previous, current, norm, WEIGHT)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -252,9 +228,9 @@ def test_the_number_of_launches_is_fixed(count: int):
     tables = 1 + (count > 200)
 
     def launched(call: Callable[[], Any]) -> int:
-        before = rows().launches()
+        before = kernels().launches()
         call()
-        return rows().launches() - before
+        return kernels().launches() - before
 
     assert launched(lambda: run(previous, current, grads=(True, False))) == tables + 2
     assert launched(lambda: check_exactly(previous, current)) == tables + 3
@@ -275,7 +251,7 @@ def test_results_have_room_around_them():
     previous, current = modules([((5,), 3, 7), ((2, 1), 1, 33)], integers)
     flat, size = [t for tasks in previous for t in tasks], sum(c.numel() for c in current)
     around, value = torch.full((200,), 7.0), torch.zeros(())
-    rows().orthogonal_penalty_rows(
+    kernels().orthogonal_penalty_rows(
         flat, [1, 2], current, None, False, value, around[51 : 51 + size], None
     )
     exact = [torch.as_tensor(g).flatten() for g in oracle(previous, current).current]
@@ -329,7 +305,7 @@ def test_projections_in_all_layouts(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_public_penalty(norm: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     library.public("orthogonal", monkeypatch)
-    before = rows().launches()
+    before = kernels().launches()
     previous, current = modules(ODD, previous=dtype, current=dtype)
     check_penalty(
         lambda p, c: trimtab.orthogonal_penalty(p, c, norm=norm, weight=WEIGHT, impl="native"),
@@ -338,7 +314,7 @@ def test_the_public_penalty(norm: str, dtype: torch.dtype, monkeypatch: pytest.M
         norm,
         WEIGHT,
     )
-    assert rows().launches() > before
+    assert kernels().launches() > before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -384,7 +360,9 @@ HOSTILE = {
 def test_a_wrong_call_of_the_penalty_raises(name: str):
     previous, counts, current, weight, value, grad = HOSTILE[name]
     with pytest.raises(RuntimeError, match="must"):
-        rows().orthogonal_penalty_rows(previous, counts, current, weight, False, value, grad, None)
+        kernels().orthogonal_penalty_rows(
+            previous, counts, current, weight, False, value, grad, None
+        )
 
 
 @pytest.mark.parametrize(
@@ -395,7 +373,7 @@ def test_a_wrong_call_of_the_penalty_raises(name: str):
 )  # fmt: skip
 def test_a_wrong_call_of_the_projection_raises(tensors, bases, outs):
     with pytest.raises(RuntimeError, match="must"):
-        rows().project_out_rows(tensors, bases, outs)
+        kernels().project_out_rows(tensors, bases, outs)
 
 
 def test_float64_is_for_the_reference():

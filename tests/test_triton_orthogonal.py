@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from orthogonal_cases import array, eager, integers, leaves, modules, normal, oracle
+import orthogonal_rows as rows
+from orthogonal_cases import integers, modules, normal, oracle
+from orthogonal_rows import LAYOUTS, in_room, truth_of
 from trimtab.testing import assert_same_bits, assert_within_budget, max_error
 from trimtab.triton_kernels import orthogonal as kernels
 from trimtab.triton_kernels.orthogonal import launch, plan, products, table
@@ -38,59 +40,10 @@ def empty_cache() -> None:
     table._entries.clear()
 
 
-def run(
-    previous: Sequence[Sequence[Tensor]],
-    current: Sequence[Tensor],
-    norm: str = "l1",
-    weight: Sequence[float] | None = None,
-    grads: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Value, and the gradients cut into the shapes of ``current`` and of ``previous``."""
-    flat = [t for tasks in previous for t in tasks]
-    value = torch.empty((), device=DEVICE)
-    buffers = [
-        torch.empty(sum(t.numel() for t in tensors), device=DEVICE) if wanted else None
-        for tensors, wanted in zip((current, flat), grads, strict=True)
-    ]
-    kernels.orthogonal_penalty_rows(
-        flat,
-        [len(tasks) for tasks in previous],
-        current,
-        None if weight is None else torch.tensor(weight, device=DEVICE),
-        norm == "frobenius2",
-        value,
-        *buffers,
-    )
-    return value, cut(buffers[0], current), cut(buffers[1], flat)
-
-
-def cut(buffer: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor]:
-    if buffer is None:
-        return []
-    parts = buffer.split([t.numel() for t in tensors]) if tensors else []
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-
-
-def check_exactly(previous: Nested, current: list[Tensor], norm: str = "l1", **given: Any) -> None:
-    """For small integers, whose products and sums are exact in every order."""
-    value, to_current, to_previous = run(previous, current, norm, **given)
-    truth = oracle(previous, current, norm, given.get("weight"))
-    assert value.item() == truth.value
-    expected = [*truth.current, *(g for tasks in truth.previous for g in tasks)]
-    for found, exact in zip([*to_current, *to_previous], expected, strict=True):
-        assert_same_bits(found.cpu(), torch.as_tensor(exact).float())
-
-
-def project(tensors: list[Tensor], bases: list[Tensor]) -> list[Tensor]:
-    sizes = [t.numel() for t in tensors]
-    buffer = tensors[0].new_empty(sum(sizes))
-    outs = [part.view(t.shape) for part, t in zip(buffer.split(sizes), tensors, strict=True)]
-    kernels.project_out_rows(tensors, bases, outs)
-    return outs
-
-
-def basis(k: int, d: int, dtype: torch.dtype = SINGLE) -> Tensor:
-    return torch.linalg.qr(torch.randn(d, k, dtype=torch.float64)).Q.mT.to(dtype).to(DEVICE)
+run = partial(rows.run_penalty, kernels)
+check_exactly = partial(rows.check_exactly, run)
+project = partial(rows.project, kernels)
+pairs = partial(rows.pairs, device=DEVICE)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -107,30 +60,8 @@ def basis(k: int, d: int, dtype: torch.dtype = SINGLE) -> Tensor:
     ids=str,
 )
 def test_values_and_gradients(norm: str, earlier: torch.dtype, new: torch.dtype):
-    """Within the budget of float32, whatever the dtypes: their products are exact there."""
     previous, current = modules(device=DEVICE, previous=earlier, current=new)
-    truth = oracle(previous, current, norm, WEIGHT)
-    plain_previous, plain_current = leaves(
-        [[t.float() for t in tasks] for tasks in previous], [t.float() for t in current]
-    )
-    plain = eager(plain_previous, plain_current, norm, WEIGHT)
-    plain.backward()
-    value, to_current, to_previous = run(previous, current, norm, WEIGHT)
-    assert_within_budget(value.cpu(), plain.detach().cpu(), torch.as_tensor(truth.value))
-    sides = [*zip(to_current, plain_current, truth.current, truth.current_terms, strict=True)]
-    flat = iter(to_previous)
-    for m, tasks in enumerate(plain_previous):
-        sides += [
-            (next(flat), *three)
-            for three in zip(tasks, truth.previous[m], truth.previous_terms[m], strict=True)
-        ]
-    for place, (found, leaf, exact, scale) in enumerate(sides):
-        other = torch.zeros_like(found) if leaf.grad is None else leaf.grad
-        assert_within_budget(
-            found.cpu(), other.cpu(), torch.as_tensor(exact), name=str(place), scale=scale
-        )
-        norm_of = float(torch.as_tensor(exact).norm())
-        assert float((found.cpu() - torch.as_tensor(exact)).norm()) <= 1e-5 * norm_of
+    rows.check_within_float32(run, previous, current, norm, WEIGHT)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -173,25 +104,6 @@ def test_shapes(name: str, norm: str):
     check_exactly(previous, current, norm)
 
 
-def in_room(tensor: Tensor, rows: int, columns: int, begin: int = 0) -> Tensor:
-    """The values, in rows of a larger NaN-filled buffer with the given steps."""
-    n, d = tensor.shape
-    room = torch.full((begin + n * rows + d * columns + 1,), float("nan"), device=DEVICE)
-    view = room.to(tensor.dtype).as_strided((n, d), (rows, columns), begin)
-    return view.copy_(tensor)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda t: t.mT.contiguous().mT,
-    "padded": lambda t: in_room(t, t.shape[1] + 8, 1),
-    "odd stride": lambda t: in_room(t, t.shape[1] + 1, 1),
-    "late start": lambda t: in_room(t, t.shape[1], 1, begin=1),
-    "every other column": lambda t: in_room(t, 2 * t.shape[1], 2),
-    "transposed and padded": lambda t: in_room(t, 1, t.shape[0] + 8),
-    "one row": lambda t: t[:1].expand(t.shape),
-    "one column": lambda t: t[:, :1].expand(t.shape),
-    "one element": lambda t: t[:1, :1].expand(t.shape),
-}
 # Elements of 2 bytes that are loaded at once, and whether a row's are neighbours.
 ACCESS = {
     "plain": (8, True),
@@ -338,21 +250,6 @@ def test_three_numbers_of_bfloat16_hold_a_float32():
     three_terms[(1,)](x, terms, 128)
     assert_same_bits(terms, terms.bfloat16().float())
     assert_same_bits(terms.double().sum(0), x.double())
-
-
-PROJECTIONS = [(1, 1, 1), (3, 2, 7), (63, 3, 127), (5, 33, 252), (8, 16, 507), (0, 2, 4),
-               (4, 0, 6), (2, 3, 0), (130, 70, 96), (2, 5, 1500)]  # fmt: skip
-
-
-def pairs(dtype: torch.dtype, shapes: list = PROJECTIONS) -> tuple[list[Tensor], list[Tensor]]:
-    """Bases have no more rows than columns."""
-    shapes = [(n, min(k, d), d) for n, k, d in shapes]
-    return ([normal(n, d, dtype=dtype).to(DEVICE) for n, _, d in shapes],
-            [basis(k, d, dtype) for _, k, d in shapes])  # fmt: skip
-
-
-def truth_of(t: Tensor, q: Tensor) -> Tensor:
-    return torch.as_tensor(array(t) - array(t) @ array(q).T @ array(q))
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN], ids=str)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from token_loss_cases import check_confident_rows, confident_rows
 from trimtab import testing
 from trimtab.reference import token_loss as reference
 from trimtab.triton_kernels import token_loss as kernels
@@ -267,41 +268,13 @@ def test_strided_rows(pad: int):
     check_logp(logits, target, None)
 
 
-CONFIDENT = [0.5, 0.9, 0.999, 0.99999, 0.9999999, 1 - 1e-12]
-
-
 @pytest.mark.parametrize("vocab", [2, 507, LONG])
 def test_confident_rows_keep_their_relative_precision(vocab: int):
     """``1 - p`` from a difference has relative error 2^-24 / (1 - p), all of it at 0.9999999."""
-    others = torch.tensor([(1 - p) / p / (vocab - 1) for p in CONFIDENT], dtype=torch.float64)
-    rows = others.log()[:, None].repeat(1, vocab) + torch.randn(len(CONFIDENT), vocab).double() / 4
-    logits = rows.float().to(DEVICE)
-    target = torch.randint(0, vocab, (len(CONFIDENT),)).to(DEVICE)
-    logits.scatter_(1, target[:, None], 0.0)
-    loss, grad = run_loss(logits, target)
-    logp, entropy, _, predicted, unit = run_logp(logits, target)
-    back = run_backward(logits, target, (torch.ones_like(logp), None, None))
-    # Not the oracle: float64's own log_softmax has lost half of its digits in the last row.
-    z = logits.double()
-    others = z.exp().scatter(1, target[:, None], 0.0)
-    rest = others.sum(1)
-    truth, at = torch.log1p(rest), -rest / (1 + rest)
-    true_entropy = truth - (others * z).sum(1) / (1 + rest)
-    # An exponential turns the rounding of its argument into a relative error: |z| eps. Then a
-    # handful of roundings for sums, quotient and logarithm.
-    bound = EPS * (8 + logits.double().abs().amax(1))
-    for name, actual, exact in [
-        ("loss", loss, truth),
-        ("logp", logp, -truth),
-        ("grad", grad.gather(1, target[:, None]).squeeze(1), at),
-        ("unit grad", unit.gather(1, target[:, None]).squeeze(1), -at),
-        ("backward", back.gather(1, target[:, None]).squeeze(1), -at),
-        ("entropy", entropy, true_entropy),
-    ]:
-        relative = ((actual.double() - exact) / exact).abs()
-        assert (relative <= bound).all(), f"{name}: {relative.tolist()} over {bound.tolist()}"
-    assert torch.minimum(loss, -logp).min() >= 0
-    assert torch.equal(predicted, logits.argmax(1))
+    logits, target = (t.to(DEVICE) for t in confident_rows(vocab, torch.float32))
+    found = run_logp(logits, target)
+    back = run_backward(logits, target, (torch.ones_like(found[0]), None, None))
+    check_confident_rows(logits, run_loss(logits, target), found, back, target)
 
 
 def test_common_offset_changes_no_bit():

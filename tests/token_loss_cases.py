@@ -141,3 +141,52 @@ def term_magnitudes(
     return {
         name: float(scale) for name, scale in {**scales, "loss": total, "z": z.abs().max()}.items()
     }
+
+
+CONFIDENT = (0.5, 0.9, 0.999, 0.99999, 0.9999999, 1 - 1e-12)
+
+
+def confident_rows(classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits whose targets have about the probabilities ``CONFIDENT``, and the targets."""
+    each = torch.tensor([(1 - p) / p / (classes - 1) for p in CONFIDENT], dtype=torch.float64)
+    rows = each.log()[:, None].repeat(1, classes) + torch.randn(len(CONFIDENT), classes) / 4
+    target = torch.randint(classes, (len(CONFIDENT),))
+    return rows.to(dtype).scatter_(1, target[:, None], 0.0), target
+
+
+def check_confident_rows(
+    logits: Tensor, loss: tuple[Tensor, Tensor], logp: tuple[Tensor, ...], back: Tensor,
+    target: Tensor,
+) -> None:  # fmt: skip
+    """What the row operators write keeps the relative precision of ``1 - p``.
+
+    Args:
+        logits: of ``confident_rows``.
+        loss: loss and gradient.
+        logp: logp, entropy, lse, predicted and the gradient of logp.
+        back: the gradient of logp from backward, with upstreams of 1.
+        target: of ``confident_rows``.
+    """
+    dtype, eps = logits.dtype, torch.finfo(torch.float32).eps
+    # Not the oracle: float64's own log_softmax has lost half of its digits in the last row.
+    z = logits.double()
+    others = z.exp().scatter(1, target[:, None], 0.0)
+    rest = others.sum(1)
+    truth, at = torch.log1p(rest), -rest / (1 + rest)
+    # An exponential turns the rounding of its argument into a relative error: |z| eps. Then a
+    # handful of roundings for sums, quotient and logarithm.
+    bound = eps * (8 + z.abs().amax(1))
+    found, entropy, _, predicted, unit = logp
+    for name, actual, exact in [
+        ("loss", loss[0], truth),
+        ("logp", found, -truth),
+        ("grad", loss[1].gather(1, target[:, None]).squeeze(1), at),
+        ("unit grad", unit.gather(1, target[:, None]).squeeze(1), -at),
+        ("backward", back.gather(1, target[:, None]).squeeze(1), -at),
+        ("entropy", entropy, truth - (others * z).sum(1) / (1 + rest)),
+    ]:
+        relative = ((actual.double() - exact) / exact).abs()
+        allowed = bound + (torch.finfo(dtype).eps if actual.dtype != torch.float32 else 0)
+        assert (relative <= allowed).all(), f"{name}: {relative.tolist()} over {allowed.tolist()}"
+    assert torch.minimum(loss[0], -found).min() >= 0
+    assert torch.equal(predicted, logits.argmax(1))

@@ -8,12 +8,10 @@
 
 #include "cpu/isa.h"
 #include "cpu/orthogonal_rows.h"
-#include "torch_api.h"
+#include "orthogonal_arguments.h"
 
 namespace trimtab {
 namespace {
-
-using Tensors = std::vector<Tensor>;
 
 const OrthogonalTable& orthogonal_for_this_processor() {
 #if defined(__x86_64__)
@@ -48,86 +46,10 @@ void share_items(int64_t items, double multiplications, F&& work) {
   torch::stable::parallel_for(0, std::min(items, useful), 1, [&](int64_t, int64_t) { work(next); });
 }
 
-// The memory between the first and the last element of a tensor.
-struct Span {
-  const char* argument;
-  const char *begin, *end;
-};
-
-// A matrix as the kernels take it. It is asked for everything once: each question is a call into
-// torch, and there may be a thousand tensors.
-struct Matrix {
-  Rows<void> rows;
-  int64_t columns;
-  Span span;
-
-  template <class Element>
-  Rows<Element> of() const {
-    return {static_cast<const Element*>(rows.data), rows.count, rows.row_stride,
-            rows.column_stride};
-  }
-};
-
-Matrix matrix_of(const char* argument, const Tensor& tensor, ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(tensor.dim() == 2, argument, " must hold tensors of two dimensions");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, argument, " must hold tensors of ",
-                  torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  const int64_t count = sizes[0], columns = sizes[1], row_stride = strides[0];
-  // That of a single column says nothing.
-  const int64_t column_stride = columns > 1 ? strides[1] : 1;
-  const auto* data = static_cast<const char*>(tensor.data_ptr());
-  const bool empty = count == 0 || columns == 0;
-  STD_TORCH_CHECK(data || empty, argument, " must have memory, got freed storage");
-  const int64_t last = (count - 1) * row_stride + (columns - 1) * column_stride;
-  return {{data, count, row_stride, column_stride},
-          columns,
-          {argument, data, empty ? data : data + (last + 1) * size}};
-}
-
-// Refuses outputs that share memory with each other or with an input.
-void check_apart(std::vector<Span> outputs, const std::vector<Span>& inputs) {
-  const auto refuse = [](const Span& output, const Span& other) {
-    STD_TORCH_CHECK(false, output.argument, " must not share memory with ", other.argument);
-  };
-  const auto empty = [](const Span& span) { return span.begin == span.end; };
-  outputs.erase(std::remove_if(outputs.begin(), outputs.end(), empty), outputs.end());
-  std::sort(outputs.begin(), outputs.end(),
-            [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < outputs.size(); ++i)
-    if (outputs[i - 1].end > outputs[i].begin) refuse(outputs[i], outputs[i - 1]);
-  for (const Span& input : inputs) {
-    const auto after =
-        std::partition_point(outputs.begin(), outputs.end(),
-                             [&](const Span& output) { return output.begin < input.end; });
-    if (!empty(input) && after != outputs.begin() && after[-1].end > input.begin)
-      refuse(after[-1], input);
-  }
-}
-
-struct PenaltyArguments {
-  const Tensors& previous;
-  const std::vector<int64_t>& counts;
-  const Tensors& current;
-  const OptionalTensor& weight;
-  bool squared;
-  const Tensor& value;
-  const OptionalTensor &grad_current, &grad_previous;
-};
-
-void check_counts(const PenaltyArguments& arguments) {
-  const int64_t modules = arguments.current.size();
-  STD_TORCH_CHECK(modules > 0, "current must hold a tensor for each module, got none");
-  STD_TORCH_CHECK(static_cast<int64_t>(arguments.counts.size()) == modules,
-                  "counts must be of length ", modules, ", got ", arguments.counts.size());
-  int64_t left = arguments.previous.size();
-  for (int64_t count : arguments.counts) {
-    STD_TORCH_CHECK(count >= 0 && count <= left, "counts must be of the tensors of previous, got ",
-                    count, " where ", left, " are left");
-    left -= count;
-  }
-  STD_TORCH_CHECK(left == 0, "counts must add up to the tensors of previous, ", left, " are left");
+template <class Element>
+Rows<Element> rows_of(const GivenMatrix& matrix) {
+  return {reinterpret_cast<const Element*>(matrix.data), matrix.rows, matrix.row_stride,
+          matrix.column_stride};
 }
 
 // How `current` is read, whose dtype need not be that of `previous`.
@@ -164,69 +86,48 @@ Penalty<Element> read_penalty(const PenaltyArguments& arguments) {
   using Real = typename Accumulate<Element>::type;
   const Tensors& current = arguments.current;
   const auto type = current_type<Real>(current[0]);
+  const Tensor& like = current[0];
   Penalty<Element> penalty;
   penalty.previous.reserve(arguments.previous.size());
   penalty.modules.reserve(current.size());
   penalty.inputs.reserve(arguments.previous.size() + current.size());
   auto next = arguments.previous.begin();
   for (size_t m = 0; m < current.size(); ++m) {
-    const Matrix c = matrix_of("current", current[m], type.dtype, type.size);
+    const GivenMatrix c = given_matrix("current", current[m], type.dtype, type.size, like);
     penalty.inputs.push_back(c.span);
     int64_t rows = 0;
     const Rows<Element>* const first = penalty.previous.data() + penalty.previous.size();
     for (const auto end = next + arguments.counts[m]; next != end; ++next) {
-      const Matrix p = matrix_of("previous", *next, dtype_of<Element>, sizeof(Element));
+      const GivenMatrix p =
+          given_matrix("previous", *next, dtype_of<Element>, sizeof(Element), like);
       STD_TORCH_CHECK(p.columns == c.columns, "previous must have rows of ", c.columns,
                       " as current has, got ", p.columns);
       penalty.inputs.push_back(p.span);
-      penalty.previous.push_back(p.of<Element>());
-      rows += p.rows.count;
+      penalty.previous.push_back(rows_of<Element>(p));
+      rows += p.rows;
     }
-    penalty.modules.push_back({first, rows, {c.rows, type.pack}, c.columns, 0, nullptr, nullptr});
-    penalty.current_elements += c.rows.count * c.columns;
+    penalty.modules.push_back(
+        {first, rows, {rows_of<void>(c), type.pack}, c.columns, 0, nullptr, nullptr});
+    penalty.current_elements += c.rows * c.columns;
     penalty.previous_elements += rows * c.columns;
     // Four for each element of `current` are about what it costs to pack them.
-    penalty.multiplications += (rows + 4.0) * c.rows.count * c.columns;
+    penalty.multiplications += (rows + 4.0) * c.rows * c.columns;
   }
   return penalty;
 }
 
-// Checks what is to be written and gives the modules their weights and gradients.
-template <class Element>
-void set_outputs(const PenaltyArguments& arguments, Penalty<Element>& penalty) {
-  using Real = typename Accumulate<Element>::type;
-  const Tensor& value = arguments.value;
-  STD_TORCH_CHECK(value.dim() == 0 && value.scalar_type() == dtype_of<Real>,
-                  "value must be a scalar of ", torch::headeronly::toString(dtype_of<Real>));
-  std::vector<Span> outputs;
-  const auto pointer = [&](const char* argument, const Tensor& tensor, int64_t length) {
-    const auto* data = static_cast<const char*>(tensor.data_ptr());
-    outputs.push_back({argument, data, data + length * sizeof(Real)});
-    return static_cast<Real*>(tensor.data_ptr());
-  };
-  const auto gradient = [&](const char* argument, const OptionalTensor& grad, int64_t length) {
-    if (!grad.has_value()) return static_cast<Real*>(nullptr);
-    check_vector(argument, *grad, length, dtype_of<Real>);
-    return pointer(argument, *grad, length);
-  };
-  pointer("value", value, 1);
-  Real* to_current = gradient("grad_current", arguments.grad_current, penalty.current_elements);
-  Real* to_previous = gradient("grad_previous", arguments.grad_previous, penalty.previous_elements);
-  check_apart(std::move(outputs), penalty.inputs);
-  const Real* weight = nullptr;
-  if (arguments.weight.has_value()) {
-    check_vector("weight", *arguments.weight, penalty.modules.size(), dtype_of<Real>);
-    weight = static_cast<const Real*>(arguments.weight->data_ptr());
-  }
+// Gives the modules their weights and places for gradients.
+template <class Element, class Real>
+void set_outputs(PenaltyOutputs<Real> outputs, Penalty<Element>& penalty) {
   for (auto& module : penalty.modules) {
-    module.weight = weight ? *weight++ : Real{1};
-    if (to_current) {
-      module.grad_current = to_current;
-      to_current += module.current.rows.count * module.columns;
+    module.weight = outputs.weight ? *outputs.weight++ : Real{1};
+    if (outputs.grad_current) {
+      module.grad_current = outputs.grad_current;
+      outputs.grad_current += module.current.rows.count * module.columns;
     }
-    if (to_previous) {
-      module.grad_previous = to_previous;
-      to_previous += module.rows * module.columns;
+    if (outputs.grad_previous) {
+      module.grad_previous = outputs.grad_previous;
+      outputs.grad_previous += module.rows * module.columns;
     }
   }
 }
@@ -299,47 +200,13 @@ void orthogonal_penalty_rows(const Tensors& previous, const std::vector<int64_t>
   const Tensor& like = previous.empty() ? current[0] : previous[0];
   dispatch_floating("previous", like, [&](auto tag) {
     using Element = typename decltype(tag)::type;
+    using Real = typename Accumulate<Element>::type;
     auto penalty = read_penalty<Element>(arguments);
-    set_outputs(arguments, penalty);
-    run_penalty(penalty, squared,
-                static_cast<typename Accumulate<Element>::type*>(value.data_ptr()));
+    const auto outputs = penalty_outputs<Real>(
+        arguments, penalty.current_elements, penalty.previous_elements, penalty.inputs, current[0]);
+    set_outputs(outputs, penalty);
+    run_penalty(penalty, squared, outputs.value);
   });
-}
-
-// A tensor, its basis and where the result goes, with their dtype.
-struct ProjectionArguments {
-  ScalarType dtype;
-  Matrix tensor, basis;
-  void* out;
-};
-
-std::vector<ProjectionArguments> read_projections(const Tensors& tensors, const Tensors& bases,
-                                                  const Tensors& outs) {
-  STD_TORCH_CHECK(bases.size() == tensors.size() && outs.size() == tensors.size(),
-                  "bases and outs must hold ", tensors.size(), " tensors, got ", bases.size(),
-                  " and ", outs.size());
-  std::vector<ProjectionArguments> read;
-  std::vector<Span> inputs, outputs;
-  for (size_t m = 0; m < tensors.size(); ++m) {
-    const ScalarType dtype = tensors[m].scalar_type();
-    int64_t size = 0;
-    dispatch_floating("tensors", tensors[m],
-                      [&](auto tag) { size = sizeof(typename decltype(tag)::type); });
-    const Matrix t = matrix_of("tensors", tensors[m], dtype, size);
-    const Matrix basis = matrix_of("bases", bases[m], dtype, size);
-    const Matrix out = matrix_of("outs", outs[m], dtype, size);
-    STD_TORCH_CHECK(basis.columns == t.columns, "bases must have rows of ", t.columns,
-                    " as tensors have, got ", basis.columns);
-    STD_TORCH_CHECK(
-        out.rows.count == t.rows.count && out.columns == t.columns && outs[m].is_contiguous(),
-        "outs must be contiguous and of the shapes of tensors");
-    inputs.push_back(t.span);
-    inputs.push_back(basis.span);
-    outputs.push_back(out.span);
-    read.push_back({dtype, t, basis, outs[m].data_ptr()});
-  }
-  check_apart(std::move(outputs), inputs);
-  return read;
 }
 
 // Rows of one tensor that are worked on together, so many that the basis is read seldom and so few
@@ -350,16 +217,17 @@ int64_t rows_together(int64_t rows) {
 }
 
 template <class Element>
-void project_tensors(const std::vector<ProjectionArguments>& all) {
+void project_tensors(const std::vector<GivenProjection>& all) {
   std::vector<Projection<Element>> items;
   int64_t rows = 0;
   double multiplications = 0;
   for (const auto& given : all)
-    if (given.dtype == dtype_of<Element>) rows += given.tensor.rows.count;
+    if (given.dtype == dtype_of<Element>) rows += given.tensor.rows;
   const int64_t step = rows_together(rows);
   for (const auto& given : all) {
     if (given.dtype != dtype_of<Element>) continue;
-    const auto [t, basis] = std::pair{given.tensor.of<Element>(), given.basis.of<Element>()};
+    const auto [t, basis] =
+        std::pair{rows_of<Element>(given.tensor), rows_of<Element>(given.basis)};
     const int64_t columns = given.tensor.columns;
     for (int64_t row = 0; row < t.count; row += step)
       items.push_back({{t.data + row * t.row_stride, std::min(step, t.count - row), t.row_stride,
@@ -375,7 +243,7 @@ void project_tensors(const std::vector<ProjectionArguments>& all) {
 }
 
 void project_out_rows(const Tensors& tensors, const Tensors& bases, const Tensors& outs) {
-  const auto all = read_projections(tensors, bases, outs);
+  const auto all = given_projections(tensors, bases, outs);
   project_tensors<float>(all);
   project_tensors<double>(all);
   project_tensors<BFloat16>(all);

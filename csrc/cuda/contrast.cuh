@@ -4,17 +4,12 @@
 
 #include "common/contrast.h"
 #include "common/contrast_rows.h"
-#include "cuda/device.cuh"
+#include "cuda/numbers.cuh"
 
 namespace trimtab {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-template <int N>
-struct Numbers {
-  float at[N];
-};
 
 template <class Value>
 TRIMTAB_DEVICE Value at(const PerRow<Value>& parameter, int64_t i) {
@@ -26,28 +21,6 @@ template <class Element>
 TRIMTAB_DEVICE const Element* row_at(const LogitRows<Element>& rows, int64_t i) {
   const int64_t r = rows.map ? rows.map[i] : i;
   return r >= 0 && r < rows.count ? rows.data + r * rows.stride : nullptr;
-}
-
-template <int N, class Element>
-TRIMTAB_DEVICE Numbers<N> to_numbers(const Vector<Element, N>& vector) {
-  Numbers<N> numbers;
-  if constexpr (std::is_same_v<Element, BFloat16> && N % 2 == 0) {
-    // One instruction for an element; taken out of a register by itself, the upper one costs two.
-    const auto words = bit_cast<Vector<uint32_t, N / 2>>(vector);
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      numbers.at[2 * i] = bit_cast<float>(words.at[i] << 16);
-      numbers.at[2 * i + 1] = bit_cast<float>(words.at[i] & 0xffff0000u);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < N; ++e) numbers.at[e] = to_real(vector.at[e]);
-  }
-  return numbers;
-}
-
-TRIMTAB_DEVICE unsigned offset_from_16_bytes(const void* pointer) {
-  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer) % 16);
 }
 
 // A row dealt out to threads: vectors of `width` elements in [begin, end), and what is outside one

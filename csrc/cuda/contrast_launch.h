@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/launch.h"
 
@@ -11,17 +10,12 @@ namespace trimtab {
 
 constexpr int64_t kMostBlocks = int64_t{1} << 30;  // of a launch; the kernels loop over the rest
 
-// Calls f(Tag<element>) for the types that have CUDA kernels.
+// Calls f(Tag<element>) where a row is one that the kernels take.
 template <class F>
 void dispatch_contrast(const Tensor& positive, F&& f) {
-  STD_TORCH_CHECK(positive.scalar_type() != ScalarType::Double,
-                  "positive must be float32, bfloat16 or float16 on CUDA, got Double; use "
-                  "impl='reference'");
   STD_TORCH_CHECK(positive.dim() != 2 || positive.size(1) < int64_t{1} << 30,
                   "positive must have less than 2**30 classes on CUDA, got ", positive.size(1));
-  dispatch_floating("positive", positive, [&](auto tag) {
-    if constexpr (!std::is_same_v<typename decltype(tag)::type, double>) f(tag);
-  });
+  dispatch_to_cuda("positive", positive, f);
 }
 
 // Vectors of 16 bytes.

@@ -407,7 +407,8 @@ __global__ void __launch_bounds__(kMostSampleThreads, 2)
     sample_row(cluster, rows, row, i);
     __syncthreads();
   }
-  cluster_leave();
+  // Not cluster_leave: not all of what threads have read from other blocks is used by them.
+  cluster_sync();
 }
 
 }  // namespace

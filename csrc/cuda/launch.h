@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "torch_api.h"
@@ -104,6 +105,17 @@ inline const Device& device_at(int index) {
 }
 // To be called under a Guard: the probe is asked on the current device.
 inline const Device& device_of(const Tensor& tensor) { return device_at(device_index(tensor)); }
+
+// Calls f(Tag<element>) for the dtypes that have CUDA kernels.
+template <class F>
+void dispatch_to_cuda(const char* argument, const Tensor& tensor, F&& f) {
+  STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double, argument,
+                  " must be float32, bfloat16 or float16 on CUDA, got Double; use "
+                  "impl='reference'");
+  dispatch_floating(argument, tensor, [&](auto tag) {
+    if constexpr (!std::is_same_v<typename decltype(tag)::type, double>) f(tag);
+  });
+}
 
 struct Shape {
   dim3 grid;

@@ -18,11 +18,8 @@ constexpr int kWideSlice = 512;
 constexpr int kProjectRows = 64, kProjectRanks = 64, kProjectColumns = 128;
 
 Kind kind_of(const char* argument, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double, argument,
-                  " must be float32, bfloat16 or float16 on CUDA, got Double; use "
-                  "impl='reference'");
   Kind kind{};
-  dispatch_floating(argument, tensor, [&](auto tag) {
+  dispatch_to_cuda(argument, tensor, [&](auto tag) {
     using Element = typename decltype(tag)::type;
     kind = std::is_same_v<Element, BFloat16>  ? Kind::bfloat16
            : std::is_same_v<Element, Float16> ? Kind::float16

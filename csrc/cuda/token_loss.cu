@@ -63,16 +63,6 @@ void launch_rows(const Tensor& logits, F&& start) {
   }
 }
 
-template <class F>
-void dispatch_to_cuda(const char* argument, const Tensor& tensor, F&& f) {
-  STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double, argument,
-                  " must be float32, bfloat16 or float16 on CUDA, got Double; use "
-                  "impl='reference'");
-  dispatch_floating(argument, tensor, [&](auto tag) {
-    if constexpr (!std::is_same_v<typename decltype(tag)::type, double>) f(tag);
-  });
-}
-
 LogitTransform<float> transform_of(double logit_scale, double softcap) {
   return {static_cast<float>(logit_scale), static_cast<float>(softcap), 1.0f};
 }

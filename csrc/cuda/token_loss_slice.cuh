@@ -1,8 +1,7 @@
 // One row of token loss in the shared memory of a cluster, and the sweeps over it.
 #pragma once
 
-#include "common/dtype.h"
-#include "cuda/device.cuh"
+#include "cuda/numbers.cuh"
 
 namespace trimtab {
 namespace {
@@ -16,11 +15,6 @@ struct Cut {
   int log2_cluster;
 };
 
-template <int N>
-struct Numbers {
-  float at[N];
-};
-
 // 16 bytes of a row.
 using Words = Vector<uint32_t, 4>;
 
@@ -30,27 +24,11 @@ TRIMTAB_DEVICE Words load_words(const Element* from) {
 }
 
 template <class Element>
-TRIMTAB_DEVICE Numbers<16 / sizeof(Element)> to_numbers(const Words& words) {
-  constexpr int width = 16 / sizeof(Element);
-  Numbers<width> numbers;
-  if constexpr (std::is_same_v<Element, BFloat16>) {
-    // One instruction for an element; taken out of a register by itself, the upper one costs two.
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      numbers.at[2 * i] = bit_cast<float>(words.at[i] << 16);
-      numbers.at[2 * i + 1] = bit_cast<float>(words.at[i] & 0xffff0000u);
-    }
-  } else {
-    const auto elements = bit_cast<Vector<Element, width>>(words);
-#pragma unroll
-    for (int e = 0; e < width; ++e) numbers.at[e] = to_real(elements.at[e]);
-  }
-  return numbers;
+TRIMTAB_DEVICE auto to_numbers(const Words& words) {
+  return to_numbers(bit_cast<Vector<Element, 16 / sizeof(Element)>>(words));
 }
 
-TRIMTAB_DEVICE bool is_aligned(const void* pointer) {
-  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer)) % 16 == 0;
-}
+TRIMTAB_DEVICE bool is_aligned(const void* pointer) { return offset_from_16_bytes(pointer) == 0; }
 
 // Which elements of a vector are in the row, and which is the target. NoEdge: all, and none.
 struct Edge {

@@ -61,11 +61,13 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             return _native.REASONS[device]
         if device == "cuda" and _capability() < _LEAST_CAPABILITY:
             return (
-                "the CUDA kernels need compute capability 8.0, this GPU has "
+                f"the CUDA kernels of {op} need compute capability 8.0, this GPU has "
                 f"{'.'.join(map(str, _capability()))}; impl='triton' may run"
             )
         known = _GPU_DTYPES if device == "cuda" else _CPU_DTYPES
-        return None if dtype in known else f"dtype {dtype} is not supported by native on {device}"
+        return (
+            None if dtype in known else f"dtype {dtype} is not taken by {op} in native on {device}"
+        )
     if not _HAS_TRITON:
         return "Triton is not installed; `pip install triton` on Linux, or use impl='reference'"
     if device == "cpu" and not _INTERPRET:
@@ -75,7 +77,7 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     return (
         None
         if dtype in _GPU_DTYPES
-        else f"dtype {dtype} is not supported by Triton; use impl='reference'"
+        else f"dtype {dtype} is not taken by {op} in Triton; use impl='reference'"
     )
 
 

@@ -21,6 +21,9 @@ CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/*/*))
 FAMILIES := $(or $(FAMILY),$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py)))
 
+# Another torch asks for another Triton; with ours pinned pip would put our torch in its place.
+OTHER_TRITON := $(if $(filter torch==2.13.0,$(TORCH)),,s/^triton==.*/triton/)
+
 # Stamps. Those that depend on a variable carry its value, so that another value is not ignored.
 TORCHED := $(VENV)/.torch-$(subst /,_,$(TORCH))
 REQUIRED := $(VENV)/.required
@@ -77,7 +80,7 @@ $(TORCHED):
 
 $(REQUIRED): $(TORCHED) requirements-dev.txt
 	@echo 'installing requirements-dev.txt'
-	@$(PIP) -r requirements-dev.txt
+	@$(PIP) -r <(sed '$(OTHER_TRITON)' requirements-dev.txt) '$(TORCH)'
 	@touch $@
 
 # Torch and Triton are there already; the peers' other requirements are not used here.

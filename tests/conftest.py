@@ -25,6 +25,32 @@ class Case(NamedTuple):
 
     device: str
     impl: str
+    harness: bool = False  # the CUDA kernels on CPU tensors: see tests/cuda_on_cpu
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether it runs in Triton's interpreter, which computes in Python."""
+        return self.device == "cpu" and self.impl == "triton"
+
+    @property
+    def for_gpus(self) -> bool:
+        """Whether the kernels are a GPU's: no float64, sums in an order that the layout decides."""
+        return (
+            self.impl == "triton"
+            or self.harness
+            or (self.device, self.impl)
+            == (
+                "cuda",
+                "native",
+            )
+        )
+
+    def skip_unless_taken(self, *dtypes: torch.dtype) -> None:
+        """Skips the test where the kernels, or what they run in, can't do one of the dtypes."""
+        if self.for_gpus and torch.float64 in dtypes:
+            pytest.skip("the kernels for GPUs take no float64")
+        if self.interpreted and torch.bfloat16 in dtypes:
+            pytest.skip("Triton's interpreter truncates what it stores in bfloat16")
 
 
 def impl_cases(op: str, dtype: torch.dtype) -> list:
@@ -37,6 +63,8 @@ def impl_cases(op: str, dtype: torch.dtype) -> list:
             if problem is not None:
                 marks.append(pytest.mark.skip(reason=f"{impl} on {device}: {problem}"))
             cases.append(pytest.param(Case(device, impl), id=f"{impl}-{device}", marks=marks))
+    if dtype in _choose._GPU_DTYPES and _choose.why_not("native", op, "cpu", dtype) is None:
+        cases.append(pytest.param(Case("cpu", "native", harness=True), id="native-cuda_on_cpu"))
     return cases
 
 
@@ -51,6 +79,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         op = marker.args[0] if marker else next(iter(ops._FAMILIES[0].CHOICES))
         dtype = marker.kwargs.get("dtype", torch.float32) if marker else torch.float32
         metafunc.parametrize("case", impl_cases(op, dtype))
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_the_case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets ``impl="native"`` be the CUDA kernels in the cases that say so."""
+    case = getattr(getattr(request.node, "callspec", None), "params", {}).get("case")
+    if isinstance(case, Case) and case.harness:
+        from cuda_on_cpu import library
+
+        for family in library.ASKS:
+            library.public(family, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -55,14 +55,9 @@ def rows(
     return Rows(*logits, torch.randint(v, (b,), generator=generator).to(device))
 
 
-def interpreted(case: Any) -> bool:
-    """Whether the case runs in Triton's interpreter, which computes in Python."""
-    return tuple(case) == ("cpu", "triton")
-
-
 def few(case: Any, count: int, fewer: int = 2) -> int:
     """``count``, or ``fewer`` where the interpreter computes."""
-    return fewer if interpreted(case) else count
+    return fewer if case.interpreted else count
 
 
 def column(value: Any) -> Any:

@@ -15,7 +15,6 @@ from contrast_cases import (
     check_logp,
     eager_logp,
     few,
-    interpreted,
     oracle_logits,
     rows,
     term_magnitude,
@@ -45,7 +44,7 @@ def test_logp_of_odd_vocabularies(case, dtype, classes, anchored, poison):
 @pytest.mark.op("contrastive_logp")
 @pytest.mark.parametrize("count", [0, *ODD_SIZES[:4]])
 def test_logp_of_odd_row_counts(case, count):
-    if count > 3 and interpreted(case):
+    if count > 3 and case.interpreted:
         pytest.skip("the interpreter is slow")
     check_logp(case, rows(count, 31, device=case.device), torch.float32, alpha=0.5, temperature=0.7)
 
@@ -203,8 +202,8 @@ def test_rows_anywhere_in_memory(case, layout):
         assert_same_bits(ours, theirs)
     scale = term_magnitude(given, False, run)
     for ours, theirs in zip(summed, sums, strict=True):
-        # How many elements Triton reads at once, hence the order of its sums, is the layout's.
-        if case.impl == "triton":
+        # How many elements a GPU reads at once, hence the order of its sums, is the layout's.
+        if case.for_gpus:
             assert max_error(ours, theirs) <= EPS * scale
         else:
             assert_same_bits(ours, theirs)
@@ -360,7 +359,7 @@ def test_logits_to_the_bit(case, dtype, alpha, anchored, plausibility, poison):
 @pytest.mark.op("contrastive_logits")
 @pytest.mark.parametrize("classes", [0, *ODD_SIZES, 5000])
 def test_logits_of_odd_vocabularies(case, classes, poison):
-    if classes == 5000 and interpreted(case):
+    if classes == 5000 and case.interpreted:
         pytest.skip("the interpreter is slow")
     p, n, a = rows(3, max(classes, 1), device=case.device).logits(torch.float32)
     p, n, a = (t[:, :classes] for t in (p, n, a))

@@ -20,7 +20,6 @@ from contrast_cases import (
     few,
     hf_margin,
     hf_support,
-    interpreted,
     oracle_sample,
     rows,
 )
@@ -59,7 +58,7 @@ def test_filters(case, dtype, options, anchored, poison):
 @pytest.mark.parametrize("classes", [*ODD_SIZES, 2, 1024, 4999])
 @pytest.mark.parametrize("options", [FILTERS[0], FILTERS[-1]], ids=named)
 def test_odd_vocabularies(case, classes, options, poison):
-    if classes > 1000 and interpreted(case):
+    if classes > 1000 and case.interpreted:
         pytest.skip("the interpreter is slow")
     p, n = rows(4, classes, device=case.device).logits(torch.float32, 2)
     check_sample(case, p, n, alpha=0.5, seed=torch.arange(4, device=case.device), **options)
@@ -186,8 +185,8 @@ def test_support_sizes_are_hugging_faces(case, kind):
 def test_supports_are_hugging_faces(case, kind):
     """Drawn until every token of the support was seen: the sets themselves."""
     pytest.importorskip("transformers")
-    if interpreted(case):
-        pytest.skip("the interpreter is slow; the sizes above and the oracle's tokens cover it")
+    if case.interpreted or case.harness:
+        pytest.skip("too slow; the sizes above and the oracle's tokens cover it")
     every = [o for o in itertools.product(hf_rows(kind), HF_OPTIONS) if decided(*o)]
     for row, options in every[::11]:
         support = hf_support(row, **options)
@@ -220,7 +219,7 @@ def test_nucleus_of_equals_at_the_boundary(case, classes):
         )
         assert ours.kept.tolist() == [classes - gone]
         assert len(hf_support(logits.cpu(), top_p=top_p)) == classes - gone
-        if classes <= 8 and not interpreted(case):
+        if classes <= 8 and not case.interpreted:
             expected = set(range(gone, classes))
             assert hf_support(logits.cpu(), top_p=top_p) == expected
             assert drawn_support(case, logits, 400, top_p=top_p) == expected
@@ -234,7 +233,7 @@ def test_nucleus_of_equals_at_the_boundary(case, classes):
 @pytest.mark.parametrize("classes", [3, 7, 10, 20])
 def test_nucleus_of_equals_whose_share_is_rounded(case, classes):
     """Sums are whole numbers here: their share and 1 - top_p are each rounded once to float32."""
-    if classes > 3 and interpreted(case):
+    if classes > 3 and case.interpreted:
         pytest.skip("the interpreter is slow")
     top_p = [1.0 - gone / classes for gone in range(1, classes)]
     top_p += [gone / classes for gone in range(1, classes)] + [0.1, 0.2, 0.3, 0.7, 0.8, 0.9]
@@ -338,7 +337,7 @@ def test_a_division_that_makes_ties(case):
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0, 40.0])
 def test_nucleus_over_long_rows(case, spread):
     """Flat and steep rows: from nearly all tokens to a few."""
-    classes = 300 if interpreted(case) else 20_000
+    classes = 300 if case.interpreted else 20_000
     p, n = rows(3, classes, spread=spread, device=case.device).logits(torch.float32, 2)
     for top_p in (0.05, 0.5, 0.999):
         check_sample(case, p, n, alpha=0.1, top_p=top_p)

@@ -16,7 +16,6 @@ from contrast_cases import (
     assert_sampled,
     check_logp,
     few,
-    interpreted,
     oracle_logits,
     oracle_sample,
     rows,
@@ -115,7 +114,7 @@ def to_device(value, device: str):
 @pytest.mark.op("contrastive_sample")
 def test_sample_is_the_oracles(case):
     @examples(few(case, 200, 8))
-    @given(sampling([*DTYPES, torch.float64] if case.impl != "triton" else DTYPES))
+    @given(sampling(DTYPES if case.for_gpus else [*DTYPES, torch.float64]))
     def run(drawn):
         p, n, options = drawn
         truth = oracle_sample(p, n, **{k: v for k, v in options.items() if v is not None})
@@ -156,7 +155,7 @@ def test_logits_are_the_oracles_to_the_bit(case):
 
 @pytest.mark.op("contrastive_logp")
 def test_logp_is_within_the_budget(case):
-    dtypes = [torch.float32, torch.float16] if interpreted(case) else DTYPES
+    dtypes = [torch.float32, torch.float16] if case.interpreted else DTYPES
 
     @examples(few(case, 60, 8))
     @given(

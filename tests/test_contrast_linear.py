@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import trimtab
-from contrast_cases import EPS, LOW_PRECISION, ODD_SIZES, column, eager_logp, few, interpreted
+from contrast_cases import EPS, LOW_PRECISION, ODD_SIZES, column, eager_logp, few
 from trimtab.testing import assert_same_bits, assert_within_budget, values_and_grads
 
 # Infinities and NaN pass in silence on a GPU; numpy, which runs the interpreter, warns of them.
@@ -291,7 +291,7 @@ def test_a_logp_costs_one_product_forward(case, trained, expected):
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(case, dtype, state_dtype):
     """As for a linear layer: the product in autocast's dtype, gradients in the leaves'."""
-    if interpreted(case):
+    if case.interpreted:
         pytest.skip("Triton's interpreter truncates what it stores in bfloat16")
     given = head(dtype=torch.bfloat16, device=case.device)
 

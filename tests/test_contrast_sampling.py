@@ -13,7 +13,6 @@ from contrast_cases import (
     assert_sampled,
     check_sample,
     few,
-    interpreted,
     oracle_sample,
     p_value,
     rows,
@@ -27,8 +26,8 @@ INF, NAN = math.inf, math.nan
 FILTERED = {"temperature": 1.3, "top_k": 14, "top_p": 0.97, "min_p": 0.01, "plausibility": 1e-3}
 
 
-def skip_interpreter(case, reason="the interpreter is slow; the oracle's tokens cover it"):
-    if interpreted(case):
+def skip_simulated(case, reason="too slow; the oracle's tokens cover it"):
+    if case.interpreted or case.harness:
         pytest.skip(reason)
 
 
@@ -51,7 +50,7 @@ def draw_many(case, p, n, count, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_draws(case, options, dtype):
     """Chi-square against the exact filtered distribution; each logp is its token's."""
-    skip_interpreter(case)
+    skip_simulated(case)
     draws = 100_000 if case.impl == "reference" else 1_000_000
     given = rows(1, 24, dtype=dtype, spread=1.5, device=case.device)
     p, n = given.logits(dtype, 2)
@@ -68,7 +67,7 @@ def test_many_draws(case, options, dtype):
 @pytest.mark.op("contrastive_sample")
 def test_rare_tokens_are_drawn(case):
     """A token of probability 3e-5 comes as often as it should: the noise has its large values."""
-    skip_interpreter(case)
+    skip_simulated(case)
     logits = torch.zeros(1, 9, device=case.device)
     logits[0, 4] = 8.0
     probs = torch.softmax(logits[0].cpu().double(), 0)
@@ -80,7 +79,7 @@ def test_rare_tokens_are_drawn(case):
 @pytest.mark.parametrize("step", ["position", "seed"])
 def test_neighbouring_draws_are_independent(case, step):
     """Pairs of tokens of neighbouring positions, and of neighbouring seeds, over 8 x 8 cells."""
-    skip_interpreter(case)
+    skip_simulated(case)
     count = 100_000
     logits = torch.zeros(1, 8, device=case.device).expand(count, -1)
     numbers = torch.arange(count, device=case.device)
@@ -96,7 +95,7 @@ def test_neighbouring_draws_are_independent(case, step):
 def test_seeds_and_positions_of_64_bits(case):
     extremes = [0, 1, -1, 2**31, 2**32, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63), 77777777777]
     pairs = [(a, b) for a in extremes for b in extremes]
-    pairs = pairs[:: 7 if interpreted(case) else 1]
+    pairs = pairs[:: 7 if case.interpreted else 1]
     p = rows(1, 40, spread=0.5, device=case.device).positive.float().expand(len(pairs), -1)
     seed, position = (torch.tensor(list(x), device=case.device) for x in zip(*pairs, strict=True))
     got = check_sample(case, p, p, seed=seed, position=position)
@@ -237,7 +236,7 @@ BAD = {
 @pytest.mark.parametrize("why", BAD)
 def test_a_bad_row_leaves_the_others_alone(case, why, place, temperature):
     which, value = BAD[why]
-    if interpreted(case) and place == 31:
+    if case.interpreted and place == 31:
         pytest.skip("the interpreter is slow")
     given = rows(5, 63, device=case.device).logits(torch.float32)
     options = {"alpha": 0.5, "temperature": temperature, "top_p": 0.9, "min_p": 0.01, "seed": 6}
@@ -330,14 +329,14 @@ def test_one_token(case):
 @pytest.mark.parametrize("classes", [32_003, 128_256, 256_000])
 @pytest.mark.parametrize("options", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}], ids=str)
 def test_large_vocabularies(case, classes, options):
-    skip_interpreter(case, "the interpreter is slow")
+    skip_simulated(case, "the interpreter is slow")
     p, n = rows(2, classes, dtype=torch.bfloat16, device=case.device).logits(torch.bfloat16, 2)
     check_sample(case, p, n, alpha=1.5, seed=1, position=2, **options)
 
 
 @pytest.mark.op("contrastive_sample")
 def test_more_rows_than_a_cuda_grid_has(case):
-    skip_interpreter(case)
+    skip_simulated(case)
     b = 70_000
     p = rows(7, 5, device=case.device).positive.float()
     index = torch.arange(b, device=case.device) % 7

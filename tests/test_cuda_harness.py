@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,10 +378,12 @@ def test_undefined_behaviour_fails_a_sanitised_program():
 
 @pytest.mark.parametrize("family", library.ASKS)
 def test_public_functions_are_given_the_compiled_operators(family, monkeypatch):
-    compiled = object()
-    monkeypatch.setattr(library, "load", lambda name: compiled if name == family else None)
+    monkeypatch.setattr(library, "load", lambda name: SimpleNamespace(**{name: name}))
     module = importlib.import_module(f"trimtab.ops.{family}.{library.ASKS[family]}")
-    assert library.public(family, monkeypatch) is compiled
+    compiled = library.public(family, monkeypatch)
+    assert list(vars(compiled)) == [
+        path.stem for path in sorted((cache.ROOT / "csrc" / "cuda").glob(f"{family}*.cu"))
+    ]
     assert module.row_kernels("native") is compiled
     monkeypatch.undo()
     assert module.row_kernels("native") is torch.ops.trimtab

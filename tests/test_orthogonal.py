@@ -36,19 +36,12 @@ def penalty(case, norm="l1", **options):
     return lambda p, c: trimtab.orthogonal_penalty(p, c, norm=norm, impl=case.impl, **options)
 
 
-def takes(case, *dtypes):
-    if case.impl == "triton" and torch.float64 in dtypes:
-        pytest.skip("float64 goes to the reference")
-    if case.impl == "triton" and case.device == "cpu" and torch.bfloat16 in dtypes:
-        pytest.skip("the interpreter truncates bfloat16; test_triton_orthogonal.py looks at it")
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SIXTEENS])
 def test_integers_are_exact(case, norm, weight, dtype):
     """Zeros among the products are exact: their sign is 0, not whatever rounding left."""
-    takes(case, dtype)
+    case.skip_unless_taken(dtype)
     previous, current = modules(make=integers, device=case.device, previous=dtype, current=dtype)
     truth = oracle(previous, current, norm, weight, 0.5)
     earlier, new = leaves(previous, current)
@@ -66,7 +59,7 @@ def test_integers_are_exact(case, norm, weight, dtype):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SIXTEENS])
 def test_odd_shapes_within_the_budget(case, norm, dtype):
-    takes(case, dtype)
+    case.skip_unless_taken(dtype)
     previous, current = modules(device=case.device, previous=dtype, current=dtype)
     assert smallest_product(previous, current) > 1e-6
     check_penalty(penalty(case, norm, weight=WEIGHT), previous, current, norm, WEIGHT)
@@ -79,7 +72,7 @@ def test_odd_shapes_within_the_budget(case, norm, dtype):
      (torch.float16, torch.bfloat16), (torch.float32, torch.float64)],
 )  # fmt: skip
 def test_the_sides_may_differ_in_dtype(case, norm, earlier, new):
-    takes(case, earlier, new)
+    case.skip_unless_taken(earlier, new)
     previous, current = modules(ODD[:5], device=case.device, previous=earlier, current=new)
     check_penalty(penalty(case, norm), previous, current, norm)
 
@@ -87,7 +80,7 @@ def test_the_sides_may_differ_in_dtype(case, norm, earlier, new):
 def test_lists_of_mixed_dtypes_are_widened(case):
     previous, current = modules([((4, 3), 2, 9), ((5,), 3, 6)], integers, case.device)
     mixed = [[previous[0][0].half(), previous[0][1]], [previous[1][0].half()]]
-    takes(case, torch.float16)
+    case.skip_unless_taken(torch.float16)
     new = [current[0].half().requires_grad_(), current[1].requires_grad_()]
     value = trimtab.orthogonal_penalty(mixed, new, impl=case.impl)
     value.backward()
@@ -182,7 +175,7 @@ def test_what_is_not_finite_shows(case, bad):
 
 
 def test_half_precision_sums_beyond_its_range(case):
-    takes(case, torch.float16)
+    case.skip_unless_taken(torch.float16)
     ones = torch.full((64, 512), 30.0, dtype=torch.float16, device=case.device)
     value = penalty(case)([ones], [ones[:8]])
     assert value.item() == 64 * 8 * 512 * 900.0

@@ -18,13 +18,6 @@ SHAPES = [(1, 1, 1), (3, 2, 7), (63, 3, 127), (5, 33, 252), (8, 16, 507), (0, 2,
           (2, 3, 3), (130, 40, 96), (400, 3, 4100)]  # fmt: skip
 
 
-def takes(case, dtype):
-    if case.impl == "triton" and dtype == torch.float64:
-        pytest.skip("float64 goes to the reference")
-    if case.impl == "triton" and case.device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter truncates bfloat16; test_triton_orthogonal.py looks at it")
-
-
 def basis(k: int, d: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(d, k, dtype=torch.float64)).Q.mT.contiguous().to(dtype)
 
@@ -45,7 +38,7 @@ def eager(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SIXTEENS])
 def test_odd_shapes_within_the_budget(case, dtype):
-    takes(case, dtype)
+    case.skip_unless_taken(dtype)
     tensors, bases = pairs(dtype, case.device)
     found = trimtab.project_out(tensors, bases, impl=case.impl)
     assert len(found) == len(tensors)
@@ -57,7 +50,7 @@ def test_odd_shapes_within_the_budget(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_tensors(case, dtype):
-    takes(case, dtype)
+    case.skip_unless_taken(dtype)
     wide, q = normal(50, 90, dtype=dtype).to(case.device), basis(5, 30, dtype).to(case.device)
     tensors = [wide[:30, :9].mT, wide[:4, 1:90:3], wide[:1, :30].expand(6, 30)]
     bases = [q, q.mT.contiguous().mT, basis(60, 30, dtype).to(case.device)[:30:7]]

@@ -372,8 +372,7 @@ def test_memory_returns_when_the_loss_goes(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_to_another_dtype_than_the_heads(case, head_dtype, dtype, chunk_size):
-    if case == ("cpu", "triton"):
-        pytest.skip("Triton's interpreter truncates what it stores in bfloat16")
+    case.skip_unless_taken(torch.bfloat16)
     given = problem(dtype=torch.bfloat16, device=case.device)
     options = trimtab.TokenLossOptions(chunk_size=chunk_size)
 
@@ -395,8 +394,7 @@ def test_autocast_to_another_dtype_than_the_heads(case, head_dtype, dtype, chunk
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_is_as_for_a_linear_layer(case, input_dtype, weight_dtype, reduction):
-    if case == ("cpu", "triton"):
-        pytest.skip("Triton's interpreter truncates what it stores in bfloat16")
+    case.skip_unless_taken(torch.bfloat16)
     given = problem(dtype=torch.bfloat16, device=case.device)
 
     def run(function):

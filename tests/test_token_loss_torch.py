@@ -29,8 +29,7 @@ def index_samples(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 def test_torchs_operator_samples(case, name, dtype):
-    if case.impl == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes no float64")
+    case.skip_unless_taken(dtype)
     count = 0
     for sample in index_samples(name, dtype):
         kwargs = {key: value for key, value in sample.kwargs.items() if key != "options"}

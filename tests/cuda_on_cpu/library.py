@@ -53,15 +53,20 @@ SANITIZE = (
     "-O1 -fno-omit-frame-pointer -fsanitize=address -fsanitize-recover=address "
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow"
 )
-# The module of each family that asks for its row operators.
+# The module of each family that asks for its row operators, and the files that have them.
 ASKS = {"token_loss": "_chunks", "contrast": "_functions", "orthogonal": "_functions"}
+FILES = {
+    "token_loss": ("token_loss",),
+    "contrast": ("contrast", "contrast_sample"),
+    "orthogonal": ("orthogonal",),
+}
 
 _loaded: list[ctypes.CDLL] = []
 _settings: dict[str, Any] = {"schedule": ("forward", 0), "device": {}}
 
 
 def load(family: str, sanitize: bool = False) -> SimpleNamespace:
-    """The row operators of a family.
+    """The row operators of a file.
 
     Args:
         family: name of a ``.cu`` file.
@@ -71,8 +76,10 @@ def load(family: str, sanitize: bool = False) -> SimpleNamespace:
 
 
 def public(family: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """As ``load``; the public functions run on it too, for CPU tensors and ``impl="native"``."""
-    rows = load(family)
+    """A family's row operators, on which its public functions run too, with ``impl="native"``."""
+    rows = SimpleNamespace()
+    for file in FILES[family]:
+        vars(rows).update(vars(load(file)))
     module = importlib.import_module(f"trimtab.ops.{family}.{ASKS[family]}")
     before = module.row_kernels
 

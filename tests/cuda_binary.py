@@ -29,6 +29,8 @@ ACCESSES = {
     "tensor products": r"\b(?:HMMA|HGMMA)\b",
     "cluster": r"\bUCGABAR_(?:ARV|WAIT)\b",
 }
+GLOBAL = r"\b(?:LDG|STG|LD|ST|LDGSTS|UBLKCP|ATOMG?|REDG?)\.\S"
+WAIT_FOR_PREVIOUS_KERNEL = "ACQBULK"
 
 
 @cache
@@ -107,6 +109,9 @@ def measure(path: Path) -> Measured:
     for arch, name, body in functions(_dump(path, "-sass"), r"^\s+Function : (\S+)\n"):
         if name in kernels:
             counts = {what: len(re.findall(code, body)) for what, code in ACCESSES.items()}
+            before, waits, _ = body.partition(WAIT_FOR_PREVIOUS_KERNEL)
+            counts["waits"] = len(waits) > 0
+            counts["before the wait"] = len(re.findall(GLOBAL, before)) if waits else 0
             kernels[name][arch].update(counts)
     return dict(kernels)
 

@@ -52,6 +52,6 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "overlap_kernel<*>": Budget(108, "load copy"),
         "spread_kernel<*>": Budget(128, "load copy"),
         "finish_kernel": Budget(36),
-        "store_table": Budget(16, "store"),
+        "store_table<*>": Budget(16, "store"),
     },
 }

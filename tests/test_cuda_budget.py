@@ -67,6 +67,16 @@ def test_rows_are_read_and_written_in_16_bytes(family: str):
 
 
 @families
+def test_no_access_comes_before_the_wait_for_the_previous_kernel(family: str):
+    """Of kernels that may start early, which are all of orthogonality."""
+    for kernel, usages in measured(family).items():
+        for arch, usage in usages.items():
+            if family == "orthogonal" and arch != "sm_80":
+                assert usage["waits"], f"{kernel} on {arch}"
+            assert usage["before the wait"] == 0, f"{kernel} on {arch}"
+
+
+@families
 def test_the_table_is_as_tight_as_what_was_measured(family: str):
     """No row without a kernel, and no register that none of its kernels takes."""
     if cuda_binary.nvcc()[1] != MEASURED_WITH:

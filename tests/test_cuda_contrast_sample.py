@@ -229,6 +229,22 @@ def test_candidates_around_the_length_of_the_list(equals):
     agree(row, row, alpha=0.0, top_p=torch.tensor([0.3, 0.8]), seed=torch.arange(2))
 
 
+@pytest.mark.parametrize("name", ["one block", "clusters of 8", "clusters in scratch"])
+@pytest.mark.parametrize("left", [1, 1023, 1024, 1025, 1500])
+def test_masks_that_leave_about_what_the_list_holds(name, left):
+    """The mask's own list, or, past its end, the row; in both the anchor decides, not z."""
+    generator = torch.Generator().manual_seed(left)
+    p, n = (torch.randn(2, 1700, generator=generator) for _ in range(2))
+    a = torch.full((2, 1700), -9.0)
+    a[:, torch.randperm(1700, generator=generator)[:left]] = 1.0
+    p[:, a[0].argmin()] = 90.0
+    with played(name):
+        for filters in ({"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.9}, {}):
+            got = agree(p, n, anchor=a, alpha=0.5, plausibility=1e-3, **filters)
+            assert (a[0, got.token] == 1.0).all()
+            assert filters or (got.kept == left).all()
+
+
 @pytest.mark.parametrize("tail", [0.0, 1e-45, 1e-38, 1e-20, 1e-9, 1e-7, 0.999, 1.0])
 def test_tails_of_every_size(tail):
     """Masses are counted in units of the tail, however small it is."""

@@ -378,12 +378,14 @@ def test_undefined_behaviour_fails_a_sanitised_program():
 
 @pytest.mark.parametrize("family", library.ASKS)
 def test_public_functions_are_given_the_compiled_operators(family, monkeypatch):
-    monkeypatch.setattr(library, "load", lambda name: SimpleNamespace(**{name: name}))
+    monkeypatch.setattr(
+        library, "load", lambda name: SimpleNamespace(**{name: name, "launches": lambda: 7})
+    )
     module = importlib.import_module(f"trimtab.ops.{family}.{library.ASKS[family]}")
     compiled = library.public(family, monkeypatch)
-    assert list(vars(compiled)) == [
-        path.stem for path in sorted((cache.ROOT / "csrc" / "cuda").glob(f"{family}*.cu"))
-    ]
+    files = {path.stem for path in (cache.ROOT / "csrc" / "cuda").glob(f"{family}*.cu")}
+    assert set(vars(compiled)) == {*files, "launches"}
+    assert compiled.launches() == 7 * len(files)
     assert module.row_kernels("native") is compiled
     monkeypatch.undo()
     assert module.row_kernels("native") is torch.ops.trimtab
@@ -411,6 +413,15 @@ def test_a_file_is_compiled_again_when_something_in_it_changes(tmp_path, monkeyp
     assert len(made) == 2
     assert content("other flags") == "changed"
     assert len(made) == 3
+
+    def edit_meanwhile(target: Path, listing: Path) -> None:
+        make(target, listing)
+        if len(made) == 4:
+            header.write_text("edited")
+
+    edited = cache.build_once(tmp_path / "built", "b", "flags", ".so", edit_meanwhile)
+    assert edited.read_text() == "edited"
+    assert len(made) == 5
     header.unlink()
     with pytest.raises(FileNotFoundError):
         content("other flags")

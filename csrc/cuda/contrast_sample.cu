@@ -15,7 +15,6 @@ namespace {
 // beside its scores grows with them.
 constexpr int64_t kSampleBlocksPerMultiprocessor = 2;
 constexpr int64_t kScoresPerThread = 16;
-constexpr unsigned kLargestCluster = 8;
 
 struct SampleLaunch {
   SampleCut cut;

@@ -10,6 +10,7 @@
 namespace trimtab {
 namespace {
 
+constexpr unsigned kLargestCluster = 8;
 constexpr int kBinBits = 8, kBins = 1 << kBinBits, kListed = 1024;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
@@ -30,17 +31,27 @@ struct Histogram {
   }
 };
 
+// Sums of bins, a lane of a warp reading kBinsOfLane that follow each other. One place in nine is
+// empty, or the lanes would meet in two banks of the shared memory.
+struct MergedBins {
+  static constexpr int kBinsOfLane = kBins / static_cast<int>(kWarp);
+  uint64_t sum[kBins + kWarp];
+
+  TRIMTAB_DEVICE uint64_t& operator[](int bin) { return sum[bin + bin / kBinsOfLane]; }
+  TRIMTAB_DEVICE uint64_t operator[](int bin) const { return sum[bin + bin / kBinsOfLane]; }
+};
+
 // What a block of the cluster shows to the others. Slots and histograms have two copies: while the
 // slower blocks still read one, the faster write the other. Two cluster_syncs lie between the uses
 // of a copy.
 struct alignas(16) SampleExchange {
-  uint64_t slot[2][4];
+  uint64_t slot[2][kLargestCluster][4];  // written by the block of that rank
   uint64_t scratch[kWarp];
-  uint64_t merged[kBins];
+  MergedBins merged;
   Histogram histogram[2];
   float list_score[kListed];
   int list_class[kListed];
-  uint32_t listed;   // how many were to be put on the list, of the first block
+  uint32_t listed;   // at least as many as have a place on the list, of the first block
   uint32_t reached;  // the order_key of the largest sum of score and noise so far in this block
 };
 
@@ -63,6 +74,7 @@ struct CountedSum {
 // 8.
 struct ScoreSlice {
   using Sum = OrderedSum;
+  static constexpr int width = 4;  // scores at a time
   static constexpr bool in_order = true;
   float* score;  // of class v at v - begin
   int begin, end;
@@ -71,17 +83,49 @@ struct ScoreSlice {
     int first;
     TRIMTAB_DEVICE int operator[](int e) const { return first + e; }
   };
-  // Calls f(4 scores, their classes) for the vectors of this thread.
-  template <class F>
+  // Calls f(N scores, their classes) for the vectors of this thread.
+  template <int N = width, class F>
   TRIMTAB_DEVICE void sweep(F&& f) const {
-    const int count = end - begin, step = 4 * static_cast<int>(blockDim.x);
-    for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += step)
-      f(load<4>(score + i), Classes{begin + i});
+    const int count = end - begin, step = N * static_cast<int>(blockDim.x);
+    for (int i = N * static_cast<int>(threadIdx.x); i < count; i += step)
+      f(load<N>(score + i), Classes{begin + i});
   }
   // Calls f(score of class v) in one thread of the cluster.
   template <class F>
   TRIMTAB_DEVICE void visit(int v, F&& f) const {
     if (threadIdx.x == 0 && v >= begin && v < end) f(score[v - begin]);
+  }
+  // Calls f(score, class) for those of the classes from v on whose bit is set, which are few.
+  template <class F>
+  TRIMTAB_DEVICE void visit_chosen(int v, unsigned bits, F&& f) const {
+    for (; bits != 0; bits &= bits - 1) {
+      const int chosen = v + __ffs(static_cast<int>(bits)) - 1;
+      f(score[chosen - begin], chosen);
+    }
+  }
+  // The scores from class v on.
+  template <int N>
+  TRIMTAB_DEVICE Numbers<N> get(int v) const {
+    constexpr int each = N < 4 ? N : 4;
+    Numbers<N> numbers;
+#pragma unroll
+    for (int e = 0; e < N; e += each) {
+      const auto part = load<each>(score + (v - begin) + e);
+#pragma unroll
+      for (int i = 0; i < each; ++i) numbers.at[e + i] = part.at[i];
+    }
+    return numbers;
+  }
+  template <int N>
+  TRIMTAB_DEVICE void put(int v, const Numbers<N>& numbers) const {
+    constexpr int each = N < 4 ? N : 4;
+#pragma unroll
+    for (int e = 0; e < N; e += each) {
+      Vector<float, each> part;
+#pragma unroll
+      for (int i = 0; i < each; ++i) part.at[i] = numbers.at[e + i];
+      store(score + (v - begin) + e, part);
+    }
   }
   TRIMTAB_DEVICE void divide(float by) const {
     sweep([&](Vector<float, 4> scores, Classes classes) {
@@ -89,28 +133,24 @@ struct ScoreSlice {
       for (float& s : scores.at) s = s / by;
       store(score + (classes.first - begin), scores);
     });
+    __syncthreads();  // sweeps of another width deal the scores out otherwise
   }
 };
 
-// Scores in any order, with -inf up to a multiple of 4.
+// Scores in any order. Few: each has a thread of its own as long as there are any.
 struct ScoreList {
   using Sum = CountedSum;
+  static constexpr int width = 1;
   static constexpr bool in_order = false;
-  float* score;
+  const float* score;
   const int* class_of;
   int count;
 
-  TRIMTAB_DEVICE static ScoreList of(SampleExchange* shared, int count) {
-    const int padded = (count + 3) / 4 * 4;
-    for (int i = count + static_cast<int>(threadIdx.x); i < padded; i += blockDim.x)
-      shared->list_score[i] = -kInfinity;
-    __syncthreads();
-    return {shared->list_score, shared->list_class, count};
-  }
-  template <class F>
+  // Calls f(one score, its class) likewise.
+  template <int N = width, class F>
   TRIMTAB_DEVICE void sweep(F&& f) const {
-    for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * blockDim.x)
-      f(load<4>(score + i), class_of + i);
+    static_assert(N == 1);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) f(load<1>(score + i), class_of + i);
   }
   template <class F>
   TRIMTAB_DEVICE void visit(int v, F&& f) const {
@@ -119,7 +159,8 @@ struct ScoreList {
   }
 };
 
-// The blocks that work on a row.
+// The blocks that work on a row. They reach into each other's shared memory only before the
+// cluster_sync of a `combine`: whoever comes out of one may leave, unless a `merge` follows.
 class SampleCluster {
  public:
   TRIMTAB_DEVICE explicit SampleCluster(SampleExchange* shared)
@@ -132,7 +173,15 @@ class SampleCluster {
   }
 
   TRIMTAB_DEVICE unsigned size() const { return size_; }
+  // As cluster_rank(), but cheap enough to be worked out anew rather than kept in a register:
+  // clusters are along x, their sizes powers of two.
+  TRIMTAB_DEVICE unsigned rank() const { return blockIdx.x & (size_ - 1); }
   TRIMTAB_DEVICE SampleExchange* shared() const { return shared_; }
+  // By one thread, before the first barrier of the row.
+  TRIMTAB_DEVICE void start_row() const {
+    shared_->listed = 0;
+    shared_->reached = order_key(kSmallestGumbel);
+  }
   template <class T>
   TRIMTAB_DEVICE T* scratch() const {
     return reinterpret_cast<T*>(shared_->scratch);
@@ -149,16 +198,19 @@ class SampleCluster {
   }
 
   // Each thread of each block receives the combination of all blocks' values, in order of ranks.
-  // A barrier of the block must lie before it.
+  // The threads of a block have the same `own`. A barrier of the block must lie before it.
   template <class T, class Combine>
   TRIMTAB_DEVICE T combine(const T& own, Combine&& merge) {
-    static_assert(sizeof(T) <= sizeof(shared_->slot[0]));
-    T* const slot = reinterpret_cast<T*>(shared_->slot[turn_]);
+    static_assert(sizeof(T) <= sizeof(shared_->slot[0][0]));
+    if (size_ == 1) return own;
+    auto* const slots = shared_->slot[turn_];
     take_turn();
-    if (threadIdx.x == 0) *slot = own;
-    sync();
-    T all = *at(slot, 0);
-    for (unsigned rank = 1; rank < size_; ++rank) all = merge(all, *at(slot, rank));
+    // Written to the others, not read from them: nobody waits for eight answers in a row.
+    if (threadIdx.x < size_) *at_rank(reinterpret_cast<T*>(slots[rank()]), threadIdx.x) = own;
+    cluster_sync();
+    T all = *reinterpret_cast<const T*>(slots[0]);
+    for (unsigned rank = 1; rank < size_; ++rank)
+      all = merge(all, *reinterpret_cast<const T*>(slots[rank]));
     return all;
   }
   template <class T>
@@ -178,7 +230,7 @@ class SampleCluster {
     return histogram;
   }
   // The sums of all blocks.
-  TRIMTAB_DEVICE const uint64_t* merge(Histogram* histogram) {
+  TRIMTAB_DEVICE const MergedBins& merge(Histogram* histogram) {
     take_turn();
     sync();
     for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) {
@@ -215,36 +267,43 @@ struct Bin {
   bool reached;
 };
 
+// The sum over lanes up to and with this one.
+TRIMTAB_DEVICE uint64_t warp_prefix_sum(uint64_t x) {
+#pragma unroll
+  for (unsigned distance = 1; distance < kWarp; distance *= 2) {
+    const uint64_t other = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane_index() >= distance) x += other;
+  }
+  return x;
+}
+
 // The first bin for which `removed(below + sum of the weights up to and with it)` is false, or the
 // last that has any weight. All threads of a warp take part, and every warp finds the same.
 template <class Removed>
-TRIMTAB_DEVICE Bin find_bin(const uint64_t* bins, uint64_t below, Removed&& removed) {
-  constexpr int each = kBins / kWarp;
-  const int first = static_cast<int>(lane_index()) * each;
+TRIMTAB_DEVICE Bin find_bin(const MergedBins& bins, uint64_t below, Removed&& removed) {
+  constexpr int each = MergedBins::kBinsOfLane;
+  const int own = static_cast<int>(lane_index());
   uint64_t part = 0;
   int last = 0;
-  for (int i = 0; i < each; ++i) {
-    part += bins[first + i];
-    if (bins[first + i] != 0) last = first + i;
+#pragma unroll 4
+  for (int bin = own * each; bin < (own + 1) * each; ++bin) {
+    part += bins[bin];
+    if (bins[bin] != 0) last = bin;
   }
-  uint64_t sum = part;
-  for (unsigned distance = 1; distance < kWarp; distance *= 2) {
-    const uint64_t other = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane_index() >= distance) sum += other;
-  }
+  const uint64_t upto = below + warp_prefix_sum(part);
   last = warp_max(last);
   // Sums grow with the lane, so what holds for one holds for all above it.
-  const unsigned reaching = __ballot_sync(kAllLanes, !removed(below + sum));
+  const unsigned reaching = __ballot_sync(kAllLanes, !removed(upto));
   const bool reached = reaching != 0;
   const int lane = reached ? __ffs(static_cast<int>(reaching)) - 1 : last / each;
-  Bin found{0, below + __shfl_sync(kAllLanes, sum - part, lane), reached};
-  for (found.index = lane * each;; ++found.index) {
-    if (found.index == (reached ? (lane + 1) * each - 1 : last)) break;
-    const uint64_t upto = found.below + bins[found.index];
-    if (!removed(upto)) break;
-    found.below = upto;
-  }
-  return found;
+  below = __shfl_sync(kAllLanes, upto - part, lane);
+  // The same for the bins of that lane.
+  const int first = lane * each;
+  const uint64_t weight = own < each ? bins[first + own] : 0;
+  const uint64_t upto_bin = below + warp_prefix_sum(weight);
+  const unsigned bin_reaching = __ballot_sync(kAllLanes, !removed(upto_bin));
+  const int index = reached ? __ffs(static_cast<int>(bin_reaching)) - 1 : last % each;
+  return {first + index, __shfl_sync(kAllLanes, upto_bin - weight, index), reached};
 }
 
 // Going up from key `first`: the first key for which `removed(sum of the weights up to and with
@@ -261,9 +320,9 @@ TRIMTAB_DEVICE Boundary find_boundary(SampleCluster& cluster, const Scores& row,
     const int width = 32 - __clz(static_cast<int>(span));
     const int shift = width > kBinBits ? width - kBinBits : 0;
     Histogram* const histogram = cluster.start_histogram();
-    row.sweep([&](const Vector<float, 4>& scores, const auto& classes) {
+    row.sweep([&](const auto& scores, const auto& classes) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int e = 0; e < Scores::width; ++e) {
         const uint32_t offset = key_of(scores.at[e], classes[e]) - first;
         if (offset <= span) histogram->add(offset >> shift, weigh(scores.at[e]));
       }
@@ -305,15 +364,15 @@ struct Kept {
 };
 
 template <class Scores>
-TRIMTAB_DEVICE void keep_top_k(SampleCluster& cluster, const Scores& row, int64_t k, Kept& kept) {
-  int64_t count = 0;
-  row.sweep([&](const Vector<float, 4>& scores, const auto&) {
+TRIMTAB_DEVICE void keep_top_k(SampleCluster& cluster, const Scores& row, int k, Kept& kept) {
+  int count = 0;
+  row.sweep([&](const auto& scores, const auto&) {
     for (float s : scores.at) count += s >= kept.threshold;
   });
-  const int64_t beyond = cluster.sum(count) - k;
+  const int beyond = cluster.sum(count) - k;
   if (beyond <= 0) return;
   const auto key_of = [](float s, int) { return order_key(s); };
-  const auto removed = [&](uint64_t sum) { return static_cast<int64_t>(sum) <= beyond; };
+  const auto removed = [&](uint64_t sum) { return static_cast<int>(sum) <= beyond; };
   const auto boundary = find_boundary(
       cluster, row, order_key(kept.threshold), order_key(kept.top), key_of,
       [](float) { return uint64_t{1}; }, removed);
@@ -389,18 +448,13 @@ template <class Scores>
 TRIMTAB_DEVICE double sum_between(SampleCluster& cluster, const Scores& row, float low, float high,
                                   float top) {
   typename Scores::Sum sum;
-  row.sweep([&](const Vector<float, 4>& scores, const auto&) {
+  row.sweep([&](const auto& scores, const auto&) {
     for (float s : scores.at)
       if (s >= low && s < high) sum.add(exp_of_nonpositive(s - top));
   });
   return sum.value(cluster.sum(sum.sum));
 }
 
-TRIMTAB_DEVICE void keep_top_p(SampleCluster& cluster, const ScoreList& list, float tail, int,
-                               Kept& kept) {
-  const double total = sum_between(cluster, list, kept.threshold, kInfinity, kept.top);
-  find_top_p(cluster, list, tail, kept.threshold, {total, 0}, kListed, kept);
-}
 TRIMTAB_DEVICE void keep_top_p(SampleCluster& cluster, const ScoreSlice& row, float tail,
                                int classes, Kept& kept) {
   const double total = sum_between(cluster, row, kept.threshold, kInfinity, kept.top);

@@ -13,6 +13,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/dtype.h"
+
 namespace trimtab {
 
 constexpr unsigned kWarp = 32;
@@ -21,6 +23,11 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 TRIMTAB_DEVICE unsigned lane_index() { return threadIdx.x % kWarp; }
 TRIMTAB_DEVICE unsigned warp_index() { return threadIdx.x / kWarp; }
 TRIMTAB_DEVICE unsigned warp_count() { return blockDim.x / kWarp; }
+
+TRIMTAB_HD unsigned offset_from_16_bytes(const void* pointer) {
+  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer) % 16);
+}
+TRIMTAB_HD bool is_aligned(const void* pointer) { return offset_from_16_bytes(pointer) == 0; }
 
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {

@@ -29,8 +29,4 @@ TRIMTAB_DEVICE Numbers<N> to_numbers(const Vector<Element, N>& vector) {
   return numbers;
 }
 
-TRIMTAB_DEVICE unsigned offset_from_16_bytes(const void* pointer) {
-  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer) % 16);
-}
-
 }  // namespace trimtab

@@ -62,13 +62,18 @@ struct Table {
 };
 
 // A table comes to the device as arguments of kernels, so that graphs hold it and nobody waits. It
-// is cut where one kernel's arguments end: at 32,764 bytes from CUDA 12.1 and its drivers on.
+// is cut where one kernel's arguments end: at 32,764 bytes from CUDA 12.1 and its drivers on. What
+// is left goes as the smallest of these, because arguments are copied whole.
+constexpr int kFewWords = 254, kSomeWords = 1016, kMostWords = 2032;
+
+template <int kWords>
 struct TableChunk {
-  static constexpr int kWords = 2032;
   uint4 words[kWords];
 };
 
-__global__ void store_table(const __grid_constant__ TableChunk chunk, uint4* table, int words) {
+template <int kWords>
+__global__ void store_table(const __grid_constant__ TableChunk<kWords> chunk, uint4* table,
+                            int words) {
   // Others may still read what the memory held before.
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -147,10 +152,6 @@ TRIMTAB_DEVICE void read_element(uint16_t& to, const char* from, Kind) {
   to = *reinterpret_cast<const uint16_t*>(from);
 }
 
-TRIMTAB_DEVICE bool is_aligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 // Columns [first, first + valid) of some rows; zeros follow up to `width`, a multiple of 16.
 struct Columns {
   int64_t first;
@@ -178,7 +179,7 @@ template <class Element>
 TRIMTAB_DEVICE void load_row(const char* from, Kind kind, const Columns& columns, Element* to) {
   constexpr int per = 16 / sizeof(Element);
   const int lane = static_cast<int>(lane_index()), size = size_of(kind);
-  const bool aligned = is_aligned(from, 16);
+  const bool aligned = is_aligned(from);
   if (size == sizeof(Element) && aligned) {
     for (int c = lane * per; c < columns.width; c += static_cast<int>(kWarp) * per) {
       const int left = max(0, min(per, columns.valid - c));

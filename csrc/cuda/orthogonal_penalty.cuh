@@ -313,6 +313,7 @@ constexpr int kPiece = 1024;
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const PenaltyWork work, int values, float* value) {
   wait_for_previous_kernel();
+  if (work.factors) let_next_kernel_start();
   if (blockIdx.x == 0) {
     double sum = 0;
     for (int i = static_cast<int>(threadIdx.x); i < values; i += static_cast<int>(kThreads))

@@ -68,12 +68,17 @@ class HostTable {
     auto* to = reinterpret_cast<char*>(packed.data());
     std::memcpy(to, modules.data(), bytes);
     if (!tasks_.empty()) std::memcpy(to + bytes, tasks_.data(), tasks_.size() * sizeof(Task));
-    for (size_t first = 0; first < packed.size(); first += TableChunk::kWords) {
-      const size_t count = std::min<size_t>(TableChunk::kWords, packed.size() - first);
-      TableChunk chunk;
-      std::memcpy(chunk.words, packed.data() + first, count * sizeof(uint4));
-      launch(store_table, {dim3(ceil_div(static_cast<int64_t>(count), 128)), 128}, stream, chunk,
-             memory + first, static_cast<int>(count));
+    for (size_t first = 0; first < packed.size(); first += kMostWords) {
+      const auto count = static_cast<int>(std::min<size_t>(kMostWords, packed.size() - first));
+      const auto* words = packed.data() + first;
+      // The first comes after all of the stream, the next only after the one before.
+      const bool dependent = first > 0;
+      if (count <= kFewWords)
+        store_chunk<kFewWords>(words, count, memory + first, dependent, stream);
+      else if (count <= kSomeWords)
+        store_chunk<kSomeWords>(words, count, memory + first, dependent, stream);
+      else
+        store_chunk<kMostWords>(words, count, memory + first, dependent, stream);
     }
     const auto* from = reinterpret_cast<const char*>(memory);
     return {reinterpret_cast<const Module*>(from), reinterpret_cast<const Task*>(from + bytes),
@@ -82,6 +87,15 @@ class HostTable {
 
  private:
   static_assert(sizeof(Module) % sizeof(uint4) == 0 && sizeof(Task) % sizeof(uint4) == 0);
+
+  template <int kWords>
+  static void store_chunk(const uint4* words, int count, uint4* memory, bool dependent,
+                          cudaStream_t stream) {
+    TableChunk<kWords> chunk;
+    std::memcpy(chunk.words, words, static_cast<size_t>(count) * sizeof(uint4));
+    launch(store_table<kWords>, {dim3(ceil_div(count, 128)), 128, 0, 1, dependent}, stream, chunk,
+           memory, count);
+  }
 
   static Matrix matrix(const GivenMatrix& given, Kind kind) {
     const int64_t size = size_of(kind);

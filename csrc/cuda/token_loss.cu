@@ -128,11 +128,8 @@ void accumulate(const OptionalTensor& accumulator, const Tensor& part, const Ten
     const auto sums = sum_arguments<Element>(accumulator, part, out);
     const Guard guard(part);
     const int64_t count = part.numel(), to_block = 256 * Slice<Element>::width;
-    const auto starts_on_16_bytes = [](const Tensor& tensor) {
-      return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
-    };
-    const bool wide = starts_on_16_bytes(part) && starts_on_16_bytes(out) &&
-                      (!accumulator.has_value() || starts_on_16_bytes(*accumulator));
+    const bool wide = is_aligned(part.data_ptr()) && is_aligned(out.data_ptr()) &&
+                      (!accumulator.has_value() || is_aligned(accumulator->data_ptr()));
     const int64_t most = int64_t{32} * device_of(part).multiprocessors;
     const auto blocks = static_cast<unsigned>(std::min((count + to_block - 1) / to_block, most));
     launch(accumulate_kernel<Element>, {dim3(blocks), 256}, stream_of(part), sums, count, wide);

@@ -34,10 +34,8 @@ struct GradientScalars {
 
 // The start of a block's shared memory; its slice of the row follows.
 struct alignas(16) Exchange {
-  float numbers[kMostThreads / kWarp];
-  int indices[kMostThreads / kWarp];
-  float largest;
-  PartialSums sums;
+  float largest_of_warps[kMostThreads / kWarp], largest;
+  PartialSums of_warps[kMostThreads / kWarp], of_block;
   GradientScalars scalars;
 };
 
@@ -70,6 +68,12 @@ struct RowTransform {
   TRIMTAB_DEVICE float shift_of_u(float u) const { return (u - largest_u) * factor_in_units; }
   TRIMTAB_DEVICE float shift(float raw) const { return shift_of_u(u(raw)); }
   TRIMTAB_DEVICE float natural_shift(float raw) const { return (u(raw) - largest_u) * factor; }
+  // The natural shift where the other is known. To base 2 that of the lowest bfloat16 is infinite,
+  // and its product with a class weight of 0 NaN.
+  TRIMTAB_DEVICE float natural(float raw, float shift) const {
+    if constexpr (capped || precise) return shift * unit;
+    return natural_shift(raw);
+  }
   TRIMTAB_DEVICE static float exponential(float shift) {
     if constexpr (precise) return std::exp(shift);
     return exp2_approximate(shift);
@@ -161,16 +165,16 @@ TRIMTAB_DEVICE float largest_of_thread(const Slice<Element>& slice, const Direct
 // Every thread of the cluster receives the same.
 TRIMTAB_DEVICE float largest_of_cluster(float largest) {
   Exchange* exchange = shared_memory<Exchange>();
-  largest = block_max(largest, exchange->numbers);
+  largest = block_max(largest, exchange->largest_of_warps);
   if (cluster_size() == 1) return largest;
   if (threadIdx.x == 0) exchange->largest = largest;
   cluster_sync();
-  for (unsigned rank = 0; rank < cluster_size(); ++rank)
-    largest = larger(largest, *at_rank(&exchange->largest, rank));
-  return largest;
+  // All ranks at a time: one after the other, each would be waited for.
+  const unsigned rank = lane_index();
+  return warp_max(rank < cluster_size() ? *at_rank(&exchange->largest, rank) : largest);
 }
 
-// The target stays out of `rest` and `entropy_shift`; shifts are in the units of the transform.
+// The target stays out of `rest` and `entropy_shift`, which is in the units of the transform.
 template <bool entropy, class Element, bool capped>
 TRIMTAB_DEVICE PartialSums sums_of_thread(const Slice<Element>& slice,
                                           const RowTransform<Element, capped>& transform,
@@ -185,10 +189,11 @@ TRIMTAB_DEVICE PartialSums sums_of_thread(const Slice<Element>& slice,
 #pragma unroll
     for (int e = 0; e < width; ++e) {
       shift.at[e] = transform.shift(raw.at[e]);
-      float power = transform.exponential(shift.at[e]);
-      if (edge.exists && (!edge.inside(e) || edge.is_target(e))) power = 0;
-      rest += power;
-      if constexpr (entropy) bent += power * fmaxf(shift.at[e], kFloor);
+      const float power = transform.exponential(shift.at[e]);
+      // What fills the last vector up may have an infinite shift: no factor of 0 takes it out.
+      const bool counts = !edge.exists || (edge.inside(e) && !edge.is_target(e));
+      rest += counts ? power : 0.0f;
+      if constexpr (entropy) bent += counts ? power * fmaxf(shift.at[e], kFloor) : 0.0f;
     }
     sums.rest += rest;
     sums.entropy_shift += bent;
@@ -199,7 +204,7 @@ TRIMTAB_DEVICE PartialSums sums_of_thread(const Slice<Element>& slice,
     for (int e = 0; e < width; ++e) {
       const bool counts = !edge.exists || edge.inside(e);
       total += counts ? weights.at[e] : 0.0f;
-      shifted += counts ? weights.at[e] * shift.at[e] : 0.0f;
+      shifted += counts ? weights.at[e] * transform.natural(raw.at[e], shift.at[e]) : 0.0f;
     }
     sums.class_weight_sum += total;
     sums.weighted_shift += shifted;
@@ -227,33 +232,40 @@ TRIMTAB_DEVICE int first_maximum_of_thread(const Slice<Element>& slice,
   return first;
 }
 
-// A thread that needs them receives the sums of the row. It has to use them before it leaves: what
-// it reads of a neighbour must have arrived by then.
+// Over the lanes of a warp that take part.
 template <bool entropy>
-TRIMTAB_DEVICE PartialSums merge(PartialSums sums, bool smoothing, bool forward, bool needed) {
-  Exchange* exchange = shared_memory<Exchange>();
-  sums.rest = block_sum(sums.rest, exchange->numbers);
+TRIMTAB_DEVICE PartialSums merge_lanes(bool takes_part, const PartialSums& sums) {
+  PartialSums all{};
+  all.rest = warp_sum(takes_part ? sums.rest : 0.0f);
   if constexpr (entropy) {
-    sums.entropy_shift = block_sum(sums.entropy_shift, exchange->numbers);
-    if (forward) sums.first_maximum = block_min(sums.first_maximum, exchange->indices);
-  } else if (smoothing) {
-    sums.class_weight_sum = block_sum(sums.class_weight_sum, exchange->numbers);
-    sums.weighted_shift = block_sum(sums.weighted_shift, exchange->numbers);
+    all.entropy_shift = warp_sum(takes_part ? sums.entropy_shift : 0.0f);
+    all.first_maximum = warp_min(takes_part ? sums.first_maximum : INT_MAX);
+  } else {
+    all.class_weight_sum = warp_sum(takes_part ? sums.class_weight_sum : 0.0f);
+    all.weighted_shift = warp_sum(takes_part ? sums.weighted_shift : 0.0f);
+  }
+  return all;
+}
+
+// The first warp of a block that needs them receives the sums of the row. It uses all that it reads
+// of other blocks, wanted or not: by the time a block leaves, that must have arrived.
+template <bool entropy>
+TRIMTAB_DEVICE PartialSums merge(PartialSums sums, bool needed) {
+  Exchange* exchange = shared_memory<Exchange>();
+  const unsigned lane = lane_index();
+  sums = merge_lanes<entropy>(true, sums);
+  if (lane == 0) exchange->of_warps[warp_index()] = sums;
+  __syncthreads();
+  if (warp_index() == 0) {
+    const bool is_warp = lane < warp_count();
+    sums = merge_lanes<entropy>(is_warp, exchange->of_warps[is_warp ? lane : 0]);
   }
   if (cluster_size() == 1) return sums;
-  if (threadIdx.x == 0) exchange->sums = sums;
+  if (threadIdx.x == 0) exchange->of_block = sums;
   cluster_sync();
-  if (!needed) return sums;
-  sums = *at_rank(&exchange->sums, 0);
-  for (unsigned rank = 1; rank < cluster_size(); ++rank) {
-    const PartialSums other = *at_rank(&exchange->sums, rank);
-    sums.rest += other.rest;
-    sums.entropy_shift += other.entropy_shift;
-    sums.class_weight_sum += other.class_weight_sum;
-    sums.weighted_shift += other.weighted_shift;
-    sums.first_maximum = min(sums.first_maximum, other.first_maximum);
-  }
-  return sums;
+  if (!needed || warp_index() != 0) return sums;
+  const bool is_rank = lane < cluster_size();
+  return merge_lanes<entropy>(is_rank, *at_rank(&exchange->of_block, is_rank ? lane : 0));
 }
 
 template <class Element, bool capped>
@@ -266,7 +278,7 @@ TRIMTAB_DEVICE RowSums<float> row_sums(const PartialSums& sums,
   row.target_shift = transform.natural_shift(raw_target);
   row.target_class_weight = 1;
   row.class_weight_sum = sums.class_weight_sum;
-  row.weighted_shift = sums.weighted_shift * transform.unit;
+  row.weighted_shift = sums.weighted_shift;
   row.entropy_shift = sums.entropy_shift * transform.unit;
   if (row.target_shift > -80) row.entropy_shift += std::exp(row.target_shift) * row.target_shift;
   return row;
@@ -346,23 +358,25 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
   const int target = static_cast<int>(class_of_target);
   slice.start_reading();
+  // What one thread needs in the end is asked for here, where nobody waits for it.
   const float raw_target = to_real(row[target]);
+  const float coef = rows.coef ? rows.coef[i] : 1.0f;
+  const float target_class_weight = rows.class_weight ? rows.class_weight[target] : 1.0f;
   RowTransform<Element, capped> transform(z, 1);
   slice.finish_reading();
   const Direction directed(z);
   transform.largest_u =
       transform.u(directed(largest_of_cluster(largest_of_thread(slice, directed))));
   const bool smoothing = options.label_smoothing > 0;
-  const bool needs_sums = threadIdx.x == 0 && (grad || cluster_rank() == 0);
+  const bool needs_sums = grad || cluster_rank() == 0;
   const PartialSums sums = merge<false>(
       sums_of_thread<false>(slice, transform, target, classes, rows.class_weight, smoothing),
-      smoothing, false, needs_sums);
-  if (needs_sums) {
+      needs_sums);
+  if (needs_sums && threadIdx.x == 0) {
     RowSums<float> all = row_sums(sums, transform, raw_target);
-    if (rows.class_weight) all.target_class_weight = rows.class_weight[target];
+    all.target_class_weight = target_class_weight;
     const auto statistics = row_statistics(all);
     if (writes_loss) rows.loss[i] = row_loss(all, statistics, options, rows.classes);
-    const float coef = rows.coef ? rows.coef[i] : 1.0f;
     const auto gradient = loss_gradient(all, statistics, options, rows.classes, coef);
     shared_memory<Exchange>()->scalars =
         gradient_scalars(all, statistics, gradient, transform, raw_target);
@@ -397,7 +411,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
   const int target = static_cast<int>(class_of_target);
   slice.start_reading();
+  // What one thread needs in the end is asked for here, where nobody waits for it.
   const float raw_target = to_real(row[target]);
+  const float grad_logp = forward ? 1.0f : rows.grad_logp ? rows.grad_logp[i] : 0.0f;
+  const float grad_entropy = rows.grad_entropy ? rows.grad_entropy[i] : 0.0f;
+  const float grad_lse = rows.grad_lse ? rows.grad_lse[i] : 0.0f;
   RowTransform<Element, capped> transform(z, rows.inv_temperature ? rows.inv_temperature[i] : 1.0f);
   slice.finish_reading();
   const Direction directed(z);
@@ -405,9 +423,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   transform.largest_u = transform.u(directed(largest_of_cluster(largest)));
   PartialSums sums = sums_of_thread<true>(slice, transform, target, classes, nullptr, false);
   if (forward) sums.first_maximum = first_maximum_of_thread(slice, transform, directed(largest));
-  const bool needs_sums = threadIdx.x == 0 && (grad || cluster_rank() == 0);
-  sums = merge<true>(sums, false, forward, needs_sums);
-  if (needs_sums) {
+  const bool needs_sums = grad || cluster_rank() == 0;
+  sums = merge<true>(sums, needs_sums);
+  if (needs_sums && threadIdx.x == 0) {
     const RowSums<float> all = row_sums(sums, transform, raw_target);
     const auto statistics = row_statistics(all);
     if (writes_values) {
@@ -416,9 +434,6 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       rows.lse[i] = statistics.lse;
       rows.predicted[i] = sums.first_maximum == INT_MAX ? 0 : sums.first_maximum;
     }
-    const float grad_logp = forward ? 1.0f : rows.grad_logp ? rows.grad_logp[i] : 0.0f;
-    const float grad_entropy = rows.grad_entropy ? rows.grad_entropy[i] : 0.0f;
-    const float grad_lse = rows.grad_lse ? rows.grad_lse[i] : 0.0f;
     const auto gradient = logp_gradient(all, statistics, grad_logp, grad_entropy, grad_lse);
     shared_memory<Exchange>()->scalars =
         gradient_scalars(all, statistics, gradient, transform, raw_target);

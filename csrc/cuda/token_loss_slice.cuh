@@ -28,8 +28,6 @@ TRIMTAB_DEVICE auto to_numbers(const Words& words) {
   return to_numbers(bit_cast<Vector<Element, 16 / sizeof(Element)>>(words));
 }
 
-TRIMTAB_DEVICE bool is_aligned(const void* pointer) { return offset_from_16_bytes(pointer) == 0; }
-
 // Which elements of a vector are in the row, and which is the target. NoEdge: all, and none.
 struct Edge {
   static constexpr bool exists = true;

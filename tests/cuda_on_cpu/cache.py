@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,8 +38,7 @@ def build_once(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as room:
         target, listing = Path(room, f"product{suffix}"), Path(room, "product.d")
-        make(target, listing)
-        inputs = _own_files(listing.read_text())
+        inputs = _make_of_files_at_rest(make, target, listing)
         digest = _digest(inputs)
         product = folder / f"{name}-{digest[:12]}{suffix}"
         for old in folder.glob(f"{name}-????????????{suffix}"):
@@ -48,6 +48,18 @@ def build_once(
         Path(room, record.name).write_text(json.dumps(facts, indent=1))
         os.replace(Path(room, record.name), record)
     return product
+
+
+def _make_of_files_at_rest(
+    make: Callable[[Path, Path], None], target: Path, listing: Path
+) -> list[str]:
+    """What went into a product; made again where a file was saved in the meantime."""
+    while True:
+        started = time.time()
+        make(target, listing)
+        inputs = _own_files(listing.read_text())
+        if not any((ROOT / name).stat().st_mtime >= started for name in inputs):
+            return inputs
 
 
 def _digest(inputs: list[str]) -> str:

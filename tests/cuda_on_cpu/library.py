@@ -77,9 +77,9 @@ def load(family: str, sanitize: bool = False) -> SimpleNamespace:
 
 def public(family: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A family's row operators, on which its public functions run too, with ``impl="native"``."""
-    rows = SimpleNamespace()
-    for file in FILES[family]:
-        vars(rows).update(vars(load(file)))
+    files = [load(file) for file in FILES[family]]
+    rows = SimpleNamespace(**{name: value for file in files for name, value in vars(file).items()})
+    rows.launches = lambda: sum(file.launches() for file in files)
     module = importlib.import_module(f"trimtab.ops.{family}.{ASKS[family]}")
     before = module.row_kernels
 
@@ -111,11 +111,9 @@ def run_sanitized(program: str | Path, *arguments: str, timeout: float = 250) ->
     An access out of bounds raises from the launch, like other errors. What the undefined behaviour
     sanitiser finds (misaligned pointers, overflow) fails here.
     """
-    # The sanitiser looks for C++'s throw when it starts, before Python has loaded C++.
-    runtimes = [_compilers_own(name) for name in ("libasan.so", "libstdc++.so")]
     environment = {
         **os.environ,
-        "LD_PRELOAD": " ".join(runtimes),
+        "LD_PRELOAD": sanitizers(),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
@@ -130,6 +128,12 @@ def run_sanitized(program: str | Path, *arguments: str, timeout: float = 250) ->
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
     assert "runtime error:" not in child.stderr, child.stderr[-6000:]
     return child.stdout
+
+
+def sanitizers() -> str:
+    """The runtimes that a process must have loaded before it loads a library built with them."""
+    # They look for C++'s throw when they start, before Python has loaded C++.
+    return " ".join(map(_compilers_own, ("libasan.so", "libubsan.so", "libstdc++.so")))
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import trimtab
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "trimtab"
-OPTIONAL = ("triton", "transformers", "matplotlib", "tqdm", "tokenizers")
+OPTIONAL = ("triton", "transformers", "matplotlib", "tqdm", "tokenizers", "peft", "trl")
 
 # Layer -> the layers that it may import; everything may import itself.
 LAYERS = {
@@ -28,6 +28,7 @@ LAYERS = {
     "ops": ("reference", "triton_kernels", "_native", "_schemas", "_choose"),
     "testing": ("ops", "reference", "_schemas", "_choose"),
     "algorithms": ("ops",),
+    "compat": ("ops",),
     "integrations": ("algorithms", "ops"),
     "demo": ("algorithms", "ops", "integrations", "testing"),
     "doctor": ("ops", "_choose", "_native", "_version"),
@@ -76,6 +77,22 @@ print(json.dumps({"seconds": seconds, "loaded": loaded, "cuda": torch.cuda.is_in
     record_property("import_seconds", facts["seconds"])
     assert facts["loaded"] == []
     assert facts["cuda"] is False
+
+
+def test_integrations_import_without_their_packages_and_say_what_is_missing():
+    output = run_fresh(
+        f"""
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None
+import trimtab.compat.cce, trimtab.compat.liger, trimtab.integrations.peft
+import trimtab.integrations.transformers, trimtab.integrations.trl
+try:
+    trimtab.integrations.transformers.apply(object())
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert "install trimtab[transformers]" in output
 
 
 def test_the_bare_package_and_the_doctor_do_not_import_torch():

@@ -48,13 +48,9 @@ def find_head(
             "or pass a callable for the hidden states with linear_weight"
         )
     config = inner.config.get_text_config()
-    if logit_scale is None:
-        # Granite divides by its attribute, Cohere multiplies by its own.
-        logit_scale = (getattr(config, "logit_scale", None) or 1.0) / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-    if softcap is None:
-        softcap = getattr(config, "final_logit_softcapping", None)
+    own_scale, own_softcap = logit_transform(config)
+    logit_scale = own_scale if logit_scale is None else logit_scale
+    softcap = own_softcap if softcap is None else softcap
     device = inner.get_input_embeddings().weight.device
 
     def hidden(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -63,6 +59,77 @@ def find_head(
 
     weight, bias = _head_parameters(output)
     return Head(hidden, device, weight, bias, logit_scale, softcap)
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """Scale and softcap of the logits that a configuration names; 1 and None where it has none."""
+
+    def named(name: str) -> float:
+        return getattr(config, name, None) or 1.0
+
+    # Cohere, Falcon-H1 and Muse multiply by their attribute, Granite divides by its own.
+    scale = named("logit_scale") * named("lm_head_multiplier") * named("output_multiplier")
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    softcap = softcap or getattr(config, "output_logit_soft_cap", None)  # xLSTM
+    return scale / named("logits_scaling"), softcap or None
+
+
+def transform(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """``softcap * tanh(scale * logits / softcap)`` in float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_head(
+    output: Any,
+    hidden: Tensor,  # (..., D)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias of the one linear map that a head and its LoRA adapters (PEFT) make.
+
+    With adapters ``x W^T + s drop(x) A^T B^T = [x, drop(x) A^T] [W, s B]^T``: input (..., D + r)
+    and weight (V, D + r), so dropout and 16-bit heads lose nothing. It copies W once per call.
+
+    Raises:
+        ValueError: a head that is no linear map of ``hidden``.
+    """
+    output = _saved_module(output)
+    base = output.base_layer if hasattr(output, "base_layer") else output
+    plain = isinstance(base, torch.nn.Linear) and type(base).forward is torch.nn.Linear.forward
+    adapted = base is not output and not output.disable_adapters and not output.merged
+    active = [n for n in output.active_adapters if n in output.lora_A] if adapted else []
+    if not plain or any(not _is_lora(output, name) for name in active):
+        raise ValueError(
+            "model must have an nn.Linear as its head, or one with plain LoRA adapters, got "
+            f"{type(output).__name__}; leave the head out of what is quantized or adapted"
+        )
+    inputs, weights, bias = [hidden], [base.weight], base.bias
+    for name in active:
+        down, up, scale = output.lora_A[name], output.lora_B[name], output.scaling[name]
+        reduced = down(output.lora_dropout[name](hidden.to(down.weight.dtype)))
+        inputs.append(reduced.to(hidden.dtype))
+        weights.append((scale * up.weight).to(base.weight.dtype))
+        if up.bias is not None:
+            more = (scale * up.bias).to(base.weight.dtype)
+            bias = more if bias is None else bias + more
+    if not active:
+        return hidden, base.weight, bias
+    return torch.cat(inputs, -1), torch.cat(weights, -1), bias
+
+
+def _saved_module(output: Any) -> Any:
+    """The copy of a head that PEFT trains (``modules_to_save``), or the head itself."""
+    if not hasattr(output, "modules_to_save"):
+        return output
+    name = output.active_adapters[0] if output.active_adapters else None
+    if output.disable_adapters or name not in output.modules_to_save:
+        return output.original_module
+    return output.modules_to_save[name]
+
+
+def _is_lora(layer: Any, name: str) -> bool:
+    """Whether an adapter adds a product of two matrices and no more (DoRA does more)."""
+    variant = name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name)
+    return isinstance(layer.lora_A[name], torch.nn.Linear) and not variant
 
 
 def _head_parameters(output: Any) -> tuple[Tensor, Tensor | None]:
@@ -103,20 +170,29 @@ def compare_with_model(
     wanted = model(input_ids=ids.to(head.device), use_cache=False).logits[0]
     hidden = head.hidden(ids, None)[0].to(head.weight)
     got = torch.nn.functional.linear(hidden, head.weight, head.bias)
-    got = got.to(torch.promote_types(got.dtype, torch.float32)) * head.scale
-    if head.softcap is not None:
-        got = head.softcap * torch.tanh(got / head.softcap)
-    # Rounding of the products and of what follows them, relative to the largest logit.
-    eps = max(torch.finfo(dtype).eps for dtype in (head.weight.dtype, wanted.dtype))
-    wanted = wanted.to(got)
-    allowed = 16 * eps * float(wanted.abs().max())
-    error = float((got - wanted).abs().max()) if got.shape == wanted.shape else float("inf")
-    if not error <= allowed:
+    got = transform(got, head.scale, head.softcap)
+    error = excess(got, wanted, head.weight.dtype)
+    if error:
         raise ValueError(
             "model must make its logits as softcap * tanh(logit_scale * head(hidden) / softcap), "
             f"got logits of {type(model).__name__} that differ by {error:.3g}; pass logit_scale or "
             "softcap, or a callable for the hidden states with linear_weight"
         )
+
+
+def excess(
+    got: Tensor,
+    wanted: Tensor,  # of got's shape, or no match
+    dtype: torch.dtype,
+) -> float:
+    """Largest distance of two sets of logits, 0 if rounding in ``dtype`` explains it."""
+    # Rounding of the products and of what follows them, relative to the largest logit.
+    eps = max(torch.finfo(each).eps for each in (dtype, wanted.dtype))
+    if got.shape != wanted.shape:
+        return float("inf")
+    wanted = wanted.to(got)
+    error = float((got - wanted).abs().max())
+    return 0.0 if error <= 16 * eps * float(wanted.abs().max()) else error
 
 
 def check_text(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

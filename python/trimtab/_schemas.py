@@ -44,25 +44,32 @@ _LIB.define(
     f"{_TRANSFORM}, float label_smoothing, float lse_square_scale, bool with_grad, str impl) "
     "-> (Tensor loss, Tensor grad)"
 )
+# The same loop for a whole vocabulary, and for one rank's slice of it with the group's name.
+_HEAD = "Tensor input, Tensor weight, Tensor? bias, Tensor target"
+for _name, _shard in (("linear", ""), ("sharded", ", str group, bool sequence_parallel")):
+    _LIB.define(
+        f"{_name}_token_loss({_HEAD}, Tensor? coef, Tensor? class_weight, {_TRANSFORM}, "
+        "float label_smoothing, float lse_square_scale, bool[3] needs_grad, bool skip_zero_coef, "
+        f"int? chunk_size, ScalarType accum_dtype, ScalarType compute_dtype, str impl{_shard}) "
+        "-> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias, "
+        "Tensor grad_scale)"
+    )
+    _LIB.define(
+        f"{_name}_token_logp({_HEAD}, Tensor? inv_temperature, {_TRANSFORM}, bool with_unit_grad, "
+        f"int? chunk_size, ScalarType compute_dtype, str impl{_shard}) "
+        "-> (Tensor logp, Tensor entropy, Tensor lse, Tensor predicted, Tensor unit_grad)"
+    )
+    _LIB.define(
+        f"{_name}_token_logp_backward({_HEAD}, Tensor? inv_temperature, {_TRANSFORM}, "
+        "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, bool[3] needs_grad, "
+        f"int? chunk_size, ScalarType accum_dtype, ScalarType compute_dtype, str impl{_shard}) "
+        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    )
+_LIB.define("group_sum(Tensor values, str group) -> Tensor")
+_LIB.define("gather_logits(Tensor logits, str group) -> Tensor")
 _LIB.define(
-    "linear_token_loss(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? coef, "
-    f"Tensor? class_weight, {_TRANSFORM}, float label_smoothing, float lse_square_scale, "
-    "bool[3] needs_grad, bool skip_zero_coef, int? chunk_size, ScalarType accum_dtype, "
-    "ScalarType compute_dtype, str impl) "
-    "-> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
-)
-_LIB.define(
-    "linear_token_logp(Tensor input, Tensor weight, Tensor? bias, Tensor target, "
-    f"Tensor? inv_temperature, {_TRANSFORM}, bool with_unit_grad, int? chunk_size, "
-    "ScalarType compute_dtype, str impl) "
-    "-> (Tensor logp, Tensor entropy, Tensor lse, Tensor predicted, Tensor unit_grad)"
-)
-_LIB.define(
-    "linear_token_logp_backward(Tensor input, Tensor weight, Tensor? bias, Tensor target, "
-    f"Tensor? inv_temperature, {_TRANSFORM}, "
-    "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, bool[3] needs_grad, "
-    "int? chunk_size, ScalarType accum_dtype, ScalarType compute_dtype, str impl) "
-    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    "sharded_class_weight_sum(Tensor class_weight, Tensor target, int ignore_index, str group, "
+    "bool sequence_parallel) -> Tensor"
 )
 
 # Shared by the contrast operators. A number and, where rows differ, one per row: the tensor wins.
@@ -154,7 +161,7 @@ def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("trimtab::linear_token_loss", lib=_LIB)
-def _(
+def _fake_linear_token_loss(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     needs_grad, result = options[7], result_dtype(options[-2])
@@ -164,7 +171,7 @@ def _(
 
 
 @torch.library.register_fake("trimtab::linear_token_logp", lib=_LIB)
-def _(
+def _fake_linear_token_logp(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     with_unit_grad, compute_dtype = options[4], options[-2]
@@ -174,10 +181,39 @@ def _(
 
 
 @torch.library.register_fake("trimtab::linear_token_logp_backward", lib=_LIB)
-def _(
+def _fake_linear_token_logp_backward(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     return _fake_grads(input, weight, bias, options[7])
+
+
+for _name, _fake in (
+    ("sharded_token_loss", _fake_linear_token_loss),
+    ("sharded_token_logp", _fake_linear_token_logp),
+    ("sharded_token_logp_backward", _fake_linear_token_logp_backward),
+):
+
+    @torch.library.register_fake(f"trimtab::{_name}", lib=_LIB)
+    def _(*arguments: Any, _fake: Any = _fake) -> tuple[Tensor, ...]:
+        *same, _group, _sequence_parallel = arguments
+        return _fake(*same)
+
+
+@torch.library.register_fake("trimtab::group_sum", lib=_LIB)
+def _(values: Tensor, group: str) -> Tensor:
+    return torch.empty_like(values)
+
+
+@torch.library.register_fake("trimtab::gather_logits", lib=_LIB)
+def _(logits: Tensor, group: str) -> Tensor:
+    # The other ranks' slices are not known while tracing.
+    classes = torch.library.get_ctx().new_dynamic_size(min=logits.shape[1])
+    return logits.new_empty((logits.shape[0], classes))
+
+
+@torch.library.register_fake("trimtab::sharded_class_weight_sum", lib=_LIB)
+def _(class_weight: Tensor, *arguments: Any) -> Tensor:
+    return class_weight.new_empty(())
 
 
 def _fake_grads(

@@ -16,7 +16,7 @@ Costs are counted in bytes of logits read and, for the linear forms, in products
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,11 @@ from trimtab.ops.contrast import _inputs as inputs
 from trimtab.ops.contrast._functions import ContrastiveLogits, ContrastiveLogp
 from trimtab.ops.contrast._inputs import PerRow, Rows
 from trimtab.ops.token_loss import _inputs as head_inputs
+from trimtab.ops.token_loss._groups import local_head
 from trimtab.reference import contrast as reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "CHOICES",
@@ -261,6 +265,7 @@ def linear_contrastive_logp(
     ignore_index: int | None = None,
     impl: str | None = None,
     options: token_loss.TokenLossOptions | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """``contrastive_logp`` of hidden states, with one product and no logits in memory.
 
@@ -287,6 +292,7 @@ def linear_contrastive_logp(
         ignore_index: target that gives 0 and no gradient; None ignores nothing.
         impl: "reference", "native", "triton", or None for the fastest available.
         options: chunk size and accumulation dtype, as for ``linear_logp``.
+        group: the ranks that hold the vocabulary together, as in ``linear_cross_entropy``.
 
     Returns:
         (...), float32 (float64 for float64 inputs).
@@ -299,11 +305,14 @@ def linear_contrastive_logp(
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
     hidden = _contrasted_hidden(positive, negative, alpha)
-    head = head_inputs.check_head(hidden, linear_weight, linear_bias, target, "positive")
+    local = local_head(positive, linear_weight, linear_bias, group=group)
+    head = head_inputs.check_head(
+        hidden, local.weight, local.bias, target, "positive", may_be_empty=local.shard is not None
+    )
     choose("linear_contrastive_logp", positive.device.type, head.compute_dtype, impl)
     return token_loss.linear_logp(
         hidden, linear_weight, target, linear_bias=linear_bias, temperature=temperature,
-        logit_scale=logit_scale, ignore_index=ignore_index, impl=impl, options=options,
+        logit_scale=logit_scale, ignore_index=ignore_index, impl=impl, options=options, group=group,
     ).logp  # fmt: skip
 
 
@@ -324,6 +333,7 @@ def linear_contrastive_sample(
     position: int | Tensor = 0,  # number or (B,)
     logit_scale: float = 1.0,
     impl: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Sampled:
     """``contrastive_sample`` of hidden states, with one product: half of what two rows would cost.
 
@@ -332,7 +342,9 @@ def linear_contrastive_sample(
     head is still read once. A head with a softcap does not commute with the contrast: make both
     rows of logits and call ``contrastive_sample``.
 
-    Cost: 1 product (2 with a plausibility mask, as one), one write and one read of its logits.
+    Cost: 1 product (2 with a plausibility mask, as one), one write and one read of its logits. With
+    ``group`` a rank makes its slice's part of the product and receives the rest of the logits: B V
+    numbers of the products' dtype, 2 B V with the mask. Every rank then draws the same tokens.
 
     Args:
         positive: hidden states, float32, bfloat16, float16 or float64.
@@ -349,6 +361,7 @@ def linear_contrastive_sample(
         position: as in ``contrastive_sample``.
         logit_scale: positive factor of the logits (Cohere, Granite).
         impl: "reference", "native", "triton", or None for the fastest available.
+        group: the ranks that hold the vocabulary together, as in ``linear_cross_entropy``.
 
     Returns:
         ``Sampled(token, logp, kept)``, without gradient.
@@ -362,8 +375,11 @@ def linear_contrastive_sample(
     head_inputs.check_scalars(logit_scale=logit_scale)
     if not logit_scale > 0.0:
         raise bad("logit_scale", "positive", logit_scale, "fold its sign into the head")
+    local = local_head(positive, linear_weight, linear_bias, group=group)
     row = torch.zeros((), dtype=torch.int64, device=hidden.device).expand(hidden.shape[:1])
-    head = head_inputs.check_head(hidden, linear_weight, linear_bias, row, "positive")
+    head = head_inputs.check_head(
+        hidden, local.weight, local.bias, row, "positive", may_be_empty=local.shard is not None
+    )
     filters = inputs.check_filters(
         {"plausibility": plausibility, "temperature": temperature, "top_k": top_k, "top_p": top_p,
          "min_p": min_p, "seed": seed, "position": position},
@@ -372,10 +388,13 @@ def linear_contrastive_sample(
     chosen = choose("linear_contrastive_sample", hidden.device.type, head.compute_dtype, impl).impl
     masked = filters.log_beta != inputs.OFF
     stacked = torch.cat((hidden, positive)) if masked else hidden
+    bias = local.bias
     if logit_scale != 1.0:
         stacked = stacked * logit_scale
-        linear_bias = None if linear_bias is None else linear_bias * logit_scale
-    logits = F.linear(stacked, linear_weight, linear_bias)
+        bias = None if bias is None else bias * logit_scale
+    logits = F.linear(stacked, local.weight, bias)
+    if local.shard is not None:
+        logits = torch.ops.trimtab.gather_logits.default(logits, local.shard.group)
     count = hidden.shape[0]
     rows = Rows(logits[:count], None, logits[count:] if masked else None, head.shape)
     return _sample(rows, (None, None, None), PerRow(0.0), filters, chosen)

@@ -1,16 +1,28 @@
 """Token loss: per-token (and K-fold) loss weighting fused with the LM head.
 
 Costs are counted in products of N x D x V (2 N D V FLOP): N tokens, hidden size D, vocabulary V.
+
+Sharded heads. With ``group=`` each of P ranks holds a slice of the vocabulary, also an empty one,
+and every rank gets the results and the input's gradient of the whole. A rank makes 1/P of the
+products and of the head's gradient. Per token that counts the ranks gather 8 bytes of numbers from
+each (4 more for class weights and for smoothing each; 20 in ``linear_logp``) and sum 4 D bytes of
+the input's gradient, both while the next product runs, with two chunks of logits in memory. Label
+smoothing reads the logits once more. Ranks have to make the same call: sizes, options and a
+checksum of the targets are compared first, and all raise if they differ. See docs/scaling.md.
+
+A DTensor head with Shard(0) on a mesh of one dimension says all that by itself, and its gradient is
+a DTensor again. Such a head is also what FSDP2 shows outside a module's forward; there the ranks
+have other tokens, so the call raises unless ``TokenLossOptions(sequence_parallel=True)`` says so
+(the gradient is then the sum over the ranks' tokens, not FSDP's mean). ZeRO-3 heads are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trimtab._choose import Choice, choose
 from trimtab.ops._autograd import needs_grad
@@ -22,7 +34,7 @@ from trimtab.ops._checks import (
     check_target,
     check_target_range,
 )
-from trimtab.ops.token_loss import _chunks  # noqa: F401  (registers the chunked operators)
+from trimtab.ops.token_loss import _chunks, _sharded  # noqa: F401  (they register operators)
 from trimtab.ops.token_loss import _inputs as inputs
 from trimtab.ops.token_loss._functions import (
     HeadArguments,
@@ -31,10 +43,16 @@ from trimtab.ops.token_loss._functions import (
     RowLoss,
     TokenLoss,
     WeightedLoss,
+    reference_logp,
+    reference_loss,
 )
+from trimtab.ops.token_loss._groups import check_group, local_head
 from trimtab.ops.token_loss._inputs import TokenLossOptions
-from trimtab.ops.token_loss._weights import reduce_tokens, token_coefficients
+from trimtab.ops.token_loss._weights import Coefficients, Ranks, reduce_tokens, token_coefficients
 from trimtab.reference import token_loss as reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "CHOICES",
@@ -89,6 +107,8 @@ def linear_cross_entropy(
     lse_square_scale: float = 0.0,
     impl: str | None = None,
     options: TokenLossOptions | None = None,
+    group: ProcessGroup | None = None,
+    normalizer_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Cross entropy of a linear head, weighted per token, with one chunk of logits in memory.
 
@@ -132,6 +152,13 @@ def linear_cross_entropy(
         lse_square_scale: weight of the squared log-sum-exp (z-loss).
         impl: "reference", "native", "triton", or None for the fastest available.
         options: chunk size, accumulation dtype and the like; see ``TokenLossOptions``.
+        group: the ranks that hold the vocabulary together: ``linear_weight``, ``linear_bias`` and
+            ``weight`` are this rank's slice, in rank order and of any size; everything else is the
+            same on all ranks (or see ``sequence_parallel``), targets are global, and so are the
+            results. See "Sharded heads" in ``trimtab.ops.token_loss``.
+        normalizer_group: data-parallel ranks over which a counted divisor is summed. The losses of
+            the ranks then add up to that of the whole batch: where a wrapper averages gradients,
+            multiply by the number of its ranks.
 
     Raises:
         ValueError: a shape, device or value that does not fit.
@@ -142,6 +169,7 @@ def linear_cross_entropy(
     """
     ignored = -100 if ignore_index is None else ignore_index
     if linear_weight.dim() > 2:
+        inputs.check_no_group(group, normalizer_group)
         return cross_entropy(
             inputs.multi_dimensional_logits(input, linear_weight, linear_bias, options), target,
             weight=weight, token_weight=token_weight, reduction=reduction, normalizer=normalizer,
@@ -152,53 +180,73 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
         lse_square_scale=lse_square_scale,
     )  # fmt: skip
-    count = inputs.check_token_weight(token_weight, target)
-    inputs.check_reduction(reduction, normalizer, token_weight, count)
-    head = inputs.check_head(input, linear_weight, linear_bias, target)
-    class_weight = inputs.check_class_weight(weight, linear_weight.shape[0], input)
     options = inputs.check_options(options)
+    linear_weight, linear_bias, weight, shard = local_head(
+        input, linear_weight, linear_bias, weight, group, options.sequence_parallel
+    )
+    count = inputs.check_token_weight(token_weight, target)
+    inputs.check_reduction(reduction, normalizer, token_weight, count, normalizer_group)
+    head = inputs.check_head(
+        input, linear_weight, linear_bias, target, may_be_empty=shard is not None
+    )
+    class_weight = inputs.check_class_weight(weight, linear_weight.shape[0], input)
     chosen = choose("linear_cross_entropy", input.device.type, head.compute_dtype, impl).impl
+    ranks = Ranks(shard, check_group(normalizer_group, "normalizer_group"))
     coefficients = token_coefficients(
-        head.target,
-        token_weight,
-        class_weight,
-        count,
-        reduction,
-        normalizer,
-        ignored,
-        head.compute_dtype,
-    )
+        head.target, token_weight, class_weight, count, reduction, normalizer, ignored,
+        head.compute_dtype, ranks,
+    )  # fmt: skip
     loss_args = LossArguments(ignored, logit_scale, softcap_or_0, label_smoothing, lse_square_scale)
-    if chosen == "reference":
-        check_target_range(head.target, ignored, linear_weight.shape[0])
-        tokens = reference.linear_token_loss(
-            head.input, head.weight, head.bias, head.target, **loss_args.for_reference(class_weight)
-        )
-        return reduce_tokens(tokens, coefficients, reduction, count, head.shape)
-    head_args = HeadArguments(options.chunk_size, options.accum_dtype, head.compute_dtype, chosen)
-    needs = needs_grad(head.input, head.weight, head.bias)
-    if reduction != "none" and (count is None or count == 1):
-        assert coefficients.values is not None, "a reduction has a coefficient for every token"
-        coef = coefficients.values.reshape(-1)
-        skip = options.skip_zero_weight and not coef.requires_grad
-        loss = WeightedLoss.apply(
-            head.input, head.weight, head.bias, coef, head.target, class_weight,
-            (*needs, coef.requires_grad), skip, loss_args, head_args,
-        )  # fmt: skip
-        return coefficients.with_nan_of_nothing(loss, count)
-    active = coefficients.active() if options.skip_zero_weight else None
-    tokens = TokenLoss.apply(
-        head.input,
-        head.weight,
-        head.bias,
-        head.target,
-        active,
-        class_weight,
-        needs,
-        loss_args,
-        head_args,
+    head_args = HeadArguments(
+        options.chunk_size, options.accum_dtype, head.compute_dtype, chosen, shard
     )
-    return reduce_tokens(tokens, coefficients, reduction, count, head.shape)
+    if chosen != "reference" and reduction != "none" and (count is None or count == 1):
+        loss = _weighted_loss(head, class_weight, coefficients, options, loss_args, head_args)
+        return coefficients.with_nan_of_nothing(loss, count)
+    tokens = _token_loss(head, class_weight, coefficients, options, loss_args, head_args)
+    return reduce_tokens(tokens, coefficients, reduction, count, head.shape, ranks.token_group)
+
+
+def _weighted_loss(
+    head: inputs.Head,
+    class_weight: Tensor | None,
+    coefficients: Coefficients,
+    options: TokenLossOptions,
+    loss_args: LossArguments,
+    head_args: HeadArguments,
+) -> Tensor:
+    """One number, with its gradients made in the forward pass."""
+    assert coefficients.values is not None, "a reduction has a coefficient for every token"
+    coef = coefficients.values.reshape(-1)
+    skip = options.skip_zero_weight and not coef.requires_grad
+    needs = needs_grad(head.input, head.weight, head.bias)
+    return WeightedLoss.apply(
+        head.input, head.weight, head.bias, coef, head.target, class_weight,
+        (*needs, coef.requires_grad), skip, loss_args, head_args,
+    )  # fmt: skip
+
+
+def _token_loss(
+    head: inputs.Head,
+    class_weight: Tensor | None,
+    coefficients: Coefficients,
+    options: TokenLossOptions,
+    loss_args: LossArguments,
+    head_args: HeadArguments,
+) -> Tensor:
+    """One number per token, (N,)."""
+    if head_args.impl == "reference":
+        if head_args.shard is None:
+            check_target_range(head.target, loss_args.ignore_index, head.weight.shape[0])
+        return reference_loss(
+            head.input, head.weight, head.bias, head.target, class_weight, loss_args,
+            head.compute_dtype, head_args.shard,
+        )  # fmt: skip
+    active = coefficients.active() if options.skip_zero_weight else None
+    return TokenLoss.apply(
+        head.input, head.weight, head.bias, head.target, active, class_weight,
+        needs_grad(head.input, head.weight, head.bias), loss_args, head_args,
+    )  # fmt: skip
 
 
 def cross_entropy(
@@ -288,6 +336,7 @@ def linear_logp(
     ignore_index: int | None = None,
     impl: str | None = None,
     options: TokenLossOptions | None = None,
+    group: ProcessGroup | None = None,
 ) -> TokenLogp:
     """Log-probability and entropy of each token under a linear head, without the logits in memory.
 
@@ -313,6 +362,7 @@ def linear_logp(
             ``predicted``; None ignores nothing.
         impl: "reference", "native", "triton", or None for the fastest available.
         options: chunk size and accumulation dtype; ``skip_zero_weight`` has no meaning here.
+        group: as in ``linear_cross_entropy``.
 
     Returns:
         ``TokenLogp(logp, entropy, lse, predicted)``, float32 (float64 for float64 inputs) and
@@ -326,23 +376,32 @@ def linear_logp(
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
     softcap_or_0 = inputs.check_scalars(softcap=softcap, logit_scale=logit_scale)
-    head = inputs.check_head(input, linear_weight, linear_bias, target)
-    inv_temperature = inputs.inverse_temperature(temperature, head)
     options = inputs.check_options(options)
+    linear_weight, linear_bias, _, shard = local_head(
+        input, linear_weight, linear_bias, None, group, options.sequence_parallel
+    )
+    head = inputs.check_head(
+        input, linear_weight, linear_bias, target, may_be_empty=shard is not None
+    )
+    inv_temperature = inputs.inverse_temperature(temperature, head)
     chosen = choose("linear_logp", input.device.type, head.compute_dtype, impl).impl
     ignored = NOTHING_IGNORED if ignore_index is None else ignore_index
+    transform = (ignored, logit_scale, softcap_or_0)
+    outputs: tuple[Tensor, ...]
     if chosen == "reference":
-        check_target_range(head.target, ignored, linear_weight.shape[0])
-        outputs = reference.token_logp(
-            F.linear(head.input, head.weight, head.bias), head.target,
-            inv_temperature=inv_temperature, ignore_index=ignore_index, logit_scale=logit_scale,
-            softcap=softcap,
+        if shard is None:
+            check_target_range(head.target, ignored, linear_weight.shape[0])
+        outputs = reference_logp(
+            head.input, head.weight, head.bias, head.target, inv_temperature, transform,
+            head.compute_dtype, shard,
         )  # fmt: skip
     else:
         outputs = LinearLogp.apply(
             head.input, head.weight, head.bias, head.target, inv_temperature,
-            needs_grad(head.input, head.weight, head.bias), (ignored, logit_scale, softcap_or_0),
-            HeadArguments(options.chunk_size, options.accum_dtype, head.compute_dtype, chosen),
+            needs_grad(head.input, head.weight, head.bias), transform,
+            HeadArguments(
+                options.chunk_size, options.accum_dtype, head.compute_dtype, chosen, shard
+            ),
         )  # fmt: skip
     return TokenLogp(*(output.reshape(head.shape) for output in outputs))
 
@@ -363,6 +422,7 @@ def linear_logp_ratio(
     ignore_index: int | None = None,
     impl: str | None = None,
     options: TokenLossOptions | None = None,
+    group: ProcessGroup | None = None,
 ) -> LogpRatio:
     """Log-probability ratio of two linear heads per token: ``log p(y) - log p_ref(y)``.
 
@@ -384,6 +444,7 @@ def linear_logp_ratio(
         ignore_index: target whose token gives 0 everywhere; None ignores nothing.
         impl: "reference", "native", "triton", or None for the fastest available.
         options: as for ``linear_logp``.
+        group: as in ``linear_cross_entropy``, for both heads.
 
     Returns:
         ``LogpRatio(log_ratio, logp, ref_logp)``.
@@ -393,7 +454,7 @@ def linear_logp_ratio(
     """
     shared: dict[str, Any] = {
         "logit_scale": logit_scale, "softcap": softcap, "ignore_index": ignore_index, "impl": impl,
-        "options": options,
+        "options": options, "group": group,
     }  # fmt: skip
     with torch.no_grad():
         ref_logp = linear_logp(

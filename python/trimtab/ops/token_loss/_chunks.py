@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
     rows: Tensor | slice  # into the flat inputs
     input: Tensor  # (n, D)
     target: Tensor  # (n,)
-    logits: Tensor  # (n, V), overwritten by the next step
+    logits: Tensor  # (n, V), overwritten by the next step, or the one after with two buffers
     last: bool
 
     def pick(self, values: Tensor | None) -> Tensor | None:
@@ -43,18 +43,20 @@ def row_kernels(impl: str) -> Any:
 
 
 def rows_per_chunk(
-    rows: int, classes: int, itemsize: int, device: str, chunk_size: int | None
+    rows: int, classes: int, itemsize: int, device: str, chunk_size: int | None, buffers: int = 1
 ) -> int:
     """Rows of logits in memory at a time, in chunks of nearly equal size.
 
     Each chunk reads and writes the head's gradient once, which its products have to outweigh. On a
-    CPU with bfloat16 matrix units that took 1,024 rows.
+    CPU with bfloat16 matrix units that took 1,024 rows. Two buffers share the bytes of one, and
+    get a chunk each where that leaves 1,024 rows: one chunk's exchange needs another's product.
     """
+    least_steps = 1
     if chunk_size is None:
-        chunk_size = (
-            1024 if device == "cpu" else max(1024, _CUDA_CHUNK_BYTES // (classes * itemsize))
-        )
-    steps = max(1, -(-rows // chunk_size))
+        bytes_of_each = _CUDA_CHUNK_BYTES // buffers
+        chunk_size = 1024 if device == "cpu" else max(1024, bytes_of_each // (classes * itemsize))
+        least_steps = max(1, min(buffers, rows // 1024))
+    steps = max(least_steps, -(-rows // chunk_size))
     return max(1, -(-rows // steps))
 
 
@@ -91,19 +93,29 @@ def chunks(
     rows: Tensor | None,  # (n,)
     chunk_size: int | None,
     compute_dtype: torch.dtype,
+    buffers: int = 1,
+    largest_slice: int | None = None,
 ) -> Iterator[Chunk]:
-    """Yield the logits chunk by chunk, in one buffer."""
+    """Yield the logits chunk by chunk, in one buffer or in turn in several.
+
+    ``largest_slice`` takes the place of V in the rule for the chunk's size: ranks that hold unequal
+    slices of a vocabulary have to make the same steps.
+    """
     classes = weight.shape[0]
     count = target.numel() if rows is None else rows.numel()
-    step = rows_per_chunk(count, classes, compute_dtype.itemsize, input.device.type, chunk_size)
+    step = rows_per_chunk(
+        count, largest_slice or classes, compute_dtype.itemsize, input.device.type, chunk_size,
+        buffers,
+    )  # fmt: skip
     stride = row_stride(classes, compute_dtype.itemsize, input.device.type)
-    buffer = input.new_empty((min(step, count), stride), dtype=compute_dtype)[:, :classes]
-    for start in range(0, count, step):
+    turns = min(buffers, -(-count // step))
+    space = input.new_empty((turns, min(step, count), stride), dtype=compute_dtype)[..., :classes]
+    for turn, start in enumerate(range(0, count, step)):
         picked = (
             slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
         )
         part = input[picked].to(compute_dtype)
-        logits = buffer[: part.shape[0]]
+        logits = space[turn % turns, : part.shape[0]]
         if bias is None:
             torch.mm(part, weight.t(), out=logits)
         else:

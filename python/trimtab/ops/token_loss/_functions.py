@@ -20,7 +20,9 @@ from trimtab.ops._autograd import (
     through_reference,
     wants_double_backward,
 )
-from trimtab.ops.token_loss._chunks import times
+from trimtab.ops.token_loss import _sharded_reference as sharded_reference
+from trimtab.ops.token_loss._chunks import _cast, times
+from trimtab.ops.token_loss._groups import Shard
 from trimtab.reference import token_loss as reference
 
 
@@ -45,11 +47,55 @@ class HeadArguments(NamedTuple):
     accum_dtype: torch.dtype
     compute_dtype: torch.dtype
     impl: str
+    shard: Shard | None = None  # the head is one rank's slice
+
+    def run(self, op: str, *arguments: Any) -> tuple[Any, ...]:
+        """An operator on the whole head, or its twin for a slice; ``arguments`` precede these."""
+        chunk_size, accum_dtype, *rest, shard = self
+        how = (chunk_size, *([] if op == "token_logp" else [accum_dtype]), *rest)
+        if shard is None:
+            return getattr(torch.ops.trimtab, f"linear_{op}").default(*arguments, *how)
+        return getattr(torch.ops.trimtab, f"sharded_{op}").default(*arguments, *how, *shard)
 
 
-def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The whole matrix of logits, differentiable."""
-    return F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+def reference_loss(
+    input: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    class_weight: Tensor | None,  # (V,)
+    loss_args: LossArguments,
+    dtype: torch.dtype,
+    shard: Shard | None,
+) -> Tensor:
+    """The oracle's loss of each token, of a whole head or of a slice."""
+    options = loss_args.for_reference(class_weight)
+    input, weight, bias = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    if shard is None:
+        return reference.linear_token_loss(input, weight, bias, target, **options)
+    return sharded_reference.linear_token_loss(shard, input, weight, bias, target, dtype, **options)
+
+
+def reference_logp(
+    input: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    inv_temperature: Tensor | None,  # (N,)
+    transform: tuple[int, float, float],
+    dtype: torch.dtype,
+    shard: Shard | None,
+) -> tuple[Tensor, ...]:
+    """The oracle's numbers of each token, of a whole head or of a slice."""
+    ignore_index, logit_scale, softcap = transform
+    options: dict[str, Any] = {
+        "inv_temperature": inv_temperature, "ignore_index": ignore_index,
+        "logit_scale": logit_scale, "softcap": softcap or None,
+    }  # fmt: skip
+    input, weight, bias = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    if shard is None:
+        return reference.token_logp(F.linear(input, weight, bias), target, **options)
+    return sharded_reference.linear_token_logp(shard, input, weight, bias, target, dtype, **options)
 
 
 class WeightedLoss(torch.autograd.Function):
@@ -70,34 +116,29 @@ class WeightedLoss(torch.autograd.Function):
         head_args: HeadArguments,
     ) -> Tensor:
         """One product for the loss and one for each gradient that is needed."""
-        loss, *grads, scale = torch.ops.trimtab.linear_token_loss.default(
-            input,
-            weight,
-            bias,
-            target,
-            coef,
-            class_weight,
-            *loss_args,
-            needs[:3],
+        loss, *grads, scale = head_args.run(
+            "token_loss", input, weight, bias, target, coef, class_weight, *loss_args, needs[:3],
             skip_zero_coef,
-            *head_args,
-        )
+        )  # fmt: skip
         ctx.save_for_backward(input, weight, bias, coef, target, class_weight, loss, *grads, scale)
-        ctx.needs, ctx.loss_args = needs, loss_args
+        ctx.needs, ctx.loss_args, ctx.shard = needs, loss_args, head_args.shard
         ctx.compute_dtype = head_args.compute_dtype
-        return torch.where(coef != 0, coef * loss, 0.0).sum()
+        total = torch.where(coef != 0, coef * loss, 0.0).sum()
+        shard = head_args.shard
+        if shard is None or not shard.sequence_parallel:
+            return total
+        return torch.ops.trimtab.group_sum.default(total, shard.group)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         """Scale what the forward pass made."""
         input, weight, bias, coef, target, class_weight, loss, *grads, scale = ctx.saved_tensors
         if wants_double_backward():
-            input, weight, bias, coef = aliases(input, weight, bias, coef)
-            logits = _logits(input, weight, bias, ctx.compute_dtype)
-            tokens = reference.token_loss(
-                logits, target, **ctx.loss_args.for_reference(class_weight)
-            )
-            inputs = (input, weight, bias, coef)
+            inputs = input, weight, bias, coef = aliases(input, weight, bias, coef)
+            tokens = reference_loss(
+                input, weight, bias, target, class_weight, ctx.loss_args, ctx.compute_dtype,
+                ctx.shard,
+            )  # fmt: skip
             return (
                 *through_reference((coef * tokens).sum(), inputs, ctx.needs, upstream),
                 *[None] * 6,
@@ -137,9 +178,9 @@ class TokenLoss(torch.autograd.Function):
     ) -> Tensor:
         """One product; with the head frozen two, and no more in backward."""
         ctx.head_is_frozen = needs[0] and not (needs[1] or needs[2])
-        loss, unit, *_ = torch.ops.trimtab.linear_token_loss.default(
-            input, weight, bias, target, active, class_weight, *loss_args,
-            [ctx.head_is_frozen, False, False], True, *head_args,
+        loss, unit, *_ = head_args.run(
+            "token_loss", input, weight, bias, target, active, class_weight, *loss_args,
+            [ctx.head_is_frozen, False, False], True,
         )  # fmt: skip
         ctx.save_for_backward(input, weight, bias, target, class_weight, unit)
         ctx.needs, ctx.loss_args, ctx.head_args = needs, loss_args, head_args
@@ -151,19 +192,19 @@ class TokenLoss(torch.autograd.Function):
         input, weight, bias, target, class_weight, unit = ctx.saved_tensors
         if wants_double_backward():
             input, weight, bias = aliases(input, weight, bias)
-            logits = _logits(input, weight, bias, ctx.head_args.compute_dtype)
-            tokens = reference.token_loss(
-                logits, target, **ctx.loss_args.for_reference(class_weight)
-            )
+            tokens = reference_loss(
+                input, weight, bias, target, class_weight, ctx.loss_args,
+                ctx.head_args.compute_dtype, ctx.head_args.shard,
+            )  # fmt: skip
             return (
                 *through_reference(tokens, (input, weight, bias), ctx.needs, upstream),
                 *[None] * 6,
             )
         if ctx.head_is_frozen:
             return (_scale_rows(unit, upstream, target, ctx.loss_args.ignore_index), *[None] * 8)
-        _, *grads, scale = torch.ops.trimtab.linear_token_loss.default(
-            input, weight, bias, target, upstream.contiguous(), class_weight, *ctx.loss_args,
-            ctx.needs, True, *ctx.head_args,
+        _, *grads, scale = ctx.head_args.run(
+            "token_loss", input, weight, bias, target, upstream.contiguous(), class_weight,
+            *ctx.loss_args, ctx.needs, True,
         )  # fmt: skip
         if ctx.head_args.compute_dtype == torch.float16:
             grads = [times(grad, scale) for grad in grads]
@@ -232,10 +273,9 @@ class LinearLogp(torch.autograd.Function):
         """One product; with the head frozen two."""
         ctx.set_materialize_grads(False)
         ctx.head_is_frozen = needs[0] and not (needs[1] or needs[2])
-        chunk_size, _, compute_dtype, impl = head_args
-        *outputs, predicted, unit = torch.ops.trimtab.linear_token_logp.default(
-            input, weight, bias, target, inv_temperature, *transform, ctx.head_is_frozen,
-            chunk_size, compute_dtype, impl,
+        *outputs, predicted, unit = head_args.run(
+            "token_logp", input, weight, bias, target, inv_temperature, *transform,
+            ctx.head_is_frozen,
         )  # fmt: skip
         ctx.mark_non_differentiable(predicted)
         ctx.save_for_backward(input, weight, bias, target, inv_temperature, unit)
@@ -257,12 +297,10 @@ class LinearLogp(torch.autograd.Function):
             for grad in (grad_logp, grad_entropy, grad_lse)
         ]
         if wants_double_backward():
-            ignore_index, logit_scale, softcap = ctx.transform
             input, weight, bias = aliases(input, weight, bias)
-            outputs = reference.token_logp(
-                _logits(input, weight, bias, ctx.head_args.compute_dtype), target,
-                inv_temperature=inv_temperature, ignore_index=ignore_index, logit_scale=logit_scale,
-                softcap=softcap or None,
+            outputs = reference_logp(
+                input, weight, bias, target, inv_temperature, ctx.transform,
+                ctx.head_args.compute_dtype, ctx.head_args.shard,
             )[:3]  # fmt: skip
             used = [
                 (out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None
@@ -279,17 +317,10 @@ class LinearLogp(torch.autograd.Function):
         if ctx.head_is_frozen and grad_entropy is None and grad_lse is None:
             grad = _scale_rows(unit, upstream[0], target, ctx.transform[0])
             return (grad.to(input.dtype), *[None] * 7)
-        grads = torch.ops.trimtab.linear_token_logp_backward.default(
-            input,
-            weight,
-            bias,
-            target,
-            inv_temperature,
-            *ctx.transform,
-            *upstream,
-            ctx.needs,
-            *ctx.head_args,
-        )
+        grads = ctx.head_args.run(
+            "token_logp_backward", input, weight, bias, target, inv_temperature, *ctx.transform,
+            *upstream, ctx.needs,
+        )  # fmt: skip
         return (
             *(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)),
             *[None] * 5,

@@ -30,20 +30,26 @@ class TokenLossOptions:
 
     Attributes:
         chunk_size: rows of logits in memory at a time; None for the measured rule of the device.
-        accum_dtype: dtype in which the head's gradient is summed over chunks. For a 16-bit head
-            ``torch.float32`` costs one (V, D) buffer when there are three or more chunks (on CUDA:
-            always); the head's own dtype costs none and rounds at every chunk.
+        accum_dtype: dtype in which the head's gradient is summed over chunks and, with ``group``,
+            the input's over the ranks. For a 16-bit head ``torch.float32`` costs one (V, D) buffer
+            when there are three or more chunks (on CUDA: always), and with ``group`` twice the
+            bytes; the head's own dtype rounds at every chunk and rank.
         skip_zero_weight: leave out the rows whose every token weight is 0, as ignored rows are.
             On CUDA finding them costs one synchronisation, so there it is done only outside
             graph capture.
         deterministic: None follows ``torch.use_deterministic_algorithms``. Every kernel of this
             family is deterministic, so no value of it changes anything.
+        sequence_parallel: with ``group``: the ranks bring tokens of their own (any number, also
+            none) in place of all of them the same. Tokens and inputs are gathered, per-token
+            results and the input's gradient are of the own tokens, a mean, a sum and their divisor
+            go over the tokens of all ranks.
     """
 
     chunk_size: int | None = None
     accum_dtype: torch.dtype = torch.float32
     skip_zero_weight: bool = True
     deterministic: bool | None = None
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None and (
@@ -83,11 +89,18 @@ def check_options(options: object) -> TokenLossOptions:
 
 
 def check_head(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, name: str = "input"
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    name: str = "input",
+    *,
+    may_be_empty: bool = False,
 ) -> Head:
     """Shapes, devices and dtypes of a linear head's arguments; flattens the leading dimensions.
 
-    ``name`` is what the operator calls its hidden states.
+    ``name`` is what the operator calls its hidden states; ``may_be_empty`` is for the slice of a
+    vocabulary that other ranks hold more of.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(
@@ -96,7 +109,7 @@ def check_head(
     if weight.dim() != 2:
         raise bad("linear_weight", "of shape (V, D)", tuple(weight.shape),
                   "pass the head's weight as nn.Linear stores it")  # fmt: skip
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if weight.shape[1] == 0 or (weight.shape[0] == 0 and not may_be_empty):
         raise bad("linear_weight", "non-empty", tuple(weight.shape),
                   "a sharded (ZeRO-3, FSDP) weight has to be gathered first")  # fmt: skip
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
@@ -180,13 +193,23 @@ def check_scalars(
 
 
 def check_reduction(
-    reduction: str, normalizer: object, token_weight: Tensor | None, count: int | None
+    reduction: str,
+    normalizer: object,
+    token_weight: Tensor | None,
+    count: int | None,
+    normalizer_group: object = None,
 ) -> None:
     """Reduction, and whether its divisor makes sense."""
     if reduction not in REDUCTIONS:
         raise bad(
             "reduction", "'mean', 'sum' or 'none'", repr(reduction), "see torch's cross_entropy"
         )
+    if normalizer_group is not None and (
+        reduction != "mean" or isinstance(normalizer, (int, float, Tensor))
+    ):
+        raise bad("normalizer_group", "None unless reduction='mean' counts its own divisor",
+                  f"reduction={reduction!r}, normalizer={normalizer!r}",
+                  "a number is used as it is: sum it over the ranks yourself")  # fmt: skip
     if normalizer is None:
         return
     if reduction != "mean":
@@ -256,6 +279,13 @@ def inverse_temperature(temperature: float | Tensor, head: Head) -> Tensor | Non
     ):
         raise bad("temperature", "positive and finite everywhere", temperature.tolist(), "clamp it")
     return temperature.to(dtype).reciprocal().expand(head.shape).reshape(-1)
+
+
+def check_no_group(group: object, normalizer_group: object) -> None:
+    """A K-dimensional head has no slices."""
+    for name, given in (("group", group), ("normalizer_group", normalizer_group)):
+        if given is not None:
+            raise bad(name, "None with a K-dimensional head", given, "gather the head first")
 
 
 def choice_for_head(op: str, arguments: dict[str, Any]) -> Choice:

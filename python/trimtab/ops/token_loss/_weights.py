@@ -8,6 +8,20 @@ import torch
 from torch import Tensor
 
 from trimtab._schemas import result_dtype
+from trimtab.ops.token_loss._groups import PartialSum, ReplicatedSum, Shard
+
+
+class Ranks(NamedTuple):
+    """Over which ranks the divisor and the reduced loss are summed."""
+
+    shard: Shard | None  # the classes are sharded, and with it maybe the tokens
+    normalizer_group: str | None  # further tokens, each with a loss of its own
+
+    @property
+    def token_group(self) -> str | None:
+        """The group whose ranks bring tokens of their own to one loss."""
+        split = self.shard is not None and self.shard.sequence_parallel
+        return self.shard.group if split and self.shard is not None else None
 
 
 class Coefficients(NamedTuple):
@@ -39,6 +53,7 @@ def token_coefficients(
     normalizer: float | Tensor | str | None,
     ignore_index: int,
     dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> Coefficients:
     """Weights over the reduction's divisor; exactly 0 where the target is ignored."""
     dtype = result_dtype(dtype)
@@ -55,7 +70,9 @@ def token_coefficients(
         weights = valid.to(dtype)
     if reduction == "sum":
         return Coefficients(weights, None)
-    divisor = _divisor(target, valid, weights, class_weight, normalizer)
+    divisor = _divisor(
+        target, ignore_index, weights, class_weight, normalizer, ranks or Ranks(None, None)
+    )
     column = divisor.unsqueeze(-1) if divisor.dim() else divisor
     nothing = column == 0
     values = torch.where(nothing, 0.0, weights / torch.where(nothing, 1.0, column))
@@ -64,21 +81,34 @@ def token_coefficients(
 
 def _divisor(
     target: Tensor,
-    valid: Tensor,
+    ignore_index: int,
     weights: Tensor,
     class_weight: Tensor | None,
     normalizer: float | Tensor | str | None,
+    ranks: Ranks,
 ) -> Tensor:
-    if isinstance(normalizer, str):
-        return weights.sum(-1)
     if isinstance(normalizer, Tensor):
         return normalizer.to(weights).squeeze()
-    if normalizer is not None:
+    if isinstance(normalizer, (int, float)):
         return weights.new_full((), float(normalizer))
-    if class_weight is None:
-        return valid.sum().to(weights.dtype)
-    of_target = class_weight[target.clamp(0, class_weight.numel() - 1)]
-    return torch.where(valid, of_target, 0.0).sum()
+    valid = target != ignore_index
+    if isinstance(normalizer, str):
+        divisor = weights.sum(-1)
+    elif class_weight is None:
+        divisor = valid.sum().to(weights.dtype)
+    elif ranks.shard is None:
+        of_target = class_weight[target.clamp(0, class_weight.numel() - 1)]
+        divisor = torch.where(valid, of_target, 0.0).sum()
+    else:
+        divisor = torch.ops.trimtab.sharded_class_weight_sum.default(
+            class_weight, target, ignore_index, *ranks.shard
+        )
+    counted = normalizer is None and class_weight is not None
+    if ranks.token_group is not None and not counted:
+        divisor = PartialSum.apply(divisor, ranks.token_group)
+    if ranks.normalizer_group is not None:
+        divisor = PartialSum.apply(divisor, ranks.normalizer_group)
+    return divisor
 
 
 def reduce_tokens(
@@ -87,6 +117,7 @@ def reduce_tokens(
     reduction: str,
     count: int | None,
     shape: torch.Size,
+    token_group: str | None = None,
 ) -> Tensor:
     """The loss from each token's unweighted loss: (), (K,), ``shape`` or (K,) + ``shape``."""
     leading = () if count is None else (count,)
@@ -95,7 +126,10 @@ def reduce_tokens(
         weighted = tokens if values is None else _weighted(values, tokens)
         return weighted.reshape((*leading, *shape))
     assert coefficients.values is not None, "a reduction has a coefficient for every token"
-    return coefficients.with_nan_of_nothing(_weighted(coefficients.values, tokens).sum(-1), count)
+    loss = _weighted(coefficients.values, tokens).sum(-1)
+    if token_group is not None:
+        loss = ReplicatedSum.apply(loss, token_group)
+    return coefficients.with_nan_of_nothing(loss, count)
 
 
 def _weighted(values: Tensor, tokens: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ REQUIRED := $(VENV)/.required
 BUILT := $(VENV)/.built-$(TRIMTAB_BUILD)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format bench gpu clean $(FAMILIES:%=bench-%)
+.PHONY: help build demo test lint format docs bench gpu clean $(FAMILIES:%=bench-%)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ format: $(REQUIRED)  ## rewrites the sources in the project's style
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 	@$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+docs: $(VENV)/.docs  ## the documents as a site, build/site/index.html
+	@test -x $(BIN)/mkdocs || { echo 'the site needs Python 3.11.5: rm -r $(VENV); make PYTHON=python3.X docs'; exit 1; }
+	@$(BIN)/python docs/measured.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(FAMILIES:%=bench-%)  ## the benchmark suites, ours beside the peers', into bench/results/
 
@@ -81,6 +86,10 @@ $(TORCHED):
 $(REQUIRED): $(TORCHED) requirements-dev.txt
 	@echo 'installing requirements-dev.txt'
 	@$(PIP) -r <(sed '$(OTHER_TRITON)' requirements-dev.txt) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.docs: $(REQUIRED) requirements-docs.txt
+	@$(PIP) -r requirements-docs.txt
 	@touch $@
 
 # Torch and Triton are there already; the peers' other requirements are not used here.

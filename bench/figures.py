@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,7 @@ _MARKERS = "^DPX<>*"
 
 def draw(rows: Sequence[Row], folder: Path, family: str, machine: str) -> list[Path]:
     """Write the pictures that these rows allow, and return their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same rows give the same file.
-    settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "trimtab", "font.size": 9, "axes.grid": True,
-        "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
+    with _style():
         written = []
         over_shape = list(sweeps(rows))
         if over_shape:
@@ -48,6 +41,26 @@ def draw(rows: Sequence[Row], folder: Path, family: str, machine: str) -> list[P
             written.append(folder / f"{family}-floor.svg")
             _draw_bars(against, f"time over the floor on {machine}", written[-1])
     return written
+
+
+def draw_op(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Time and extra memory of one operator side by side, by case and provider."""
+    with _style():
+        _draw_op(rows, title, path)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same rows give the same file.
+    settings = {
+        "svg.fonttype": "none", "svg.hashsalt": "trimtab", "font.size": 9, "axes.grid": True,
+        "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        yield
 
 
 def sweeps(rows: Sequence[Row], least: int = 3) -> Iterator[tuple[int, str, list[Row]]]:
@@ -69,10 +82,16 @@ def sweeps(rows: Sequence[Row], least: int = 3) -> Iterator[tuple[int, str, list
 
 
 def bars(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Time over the floor by case and provider, for every mode and dtype.
+    """Time over the floor by case and provider, for every mode and dtype, each at one shape."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in at_one_shape(rows):
+        if row["over_floor"] and row["provider"] not in FLOORS:
+            found[f"{row['mode']}, {row['dtype']}"][row["provider"]] = row["over_floor"]
+    return dict(found)
 
-    Of a mode's shapes the one that most modes share is shown, the largest of several such.
-    """
+
+def at_one_shape(rows: Sequence[Row]) -> list[Row]:
+    """Of a mode's shapes the one that most modes share, the largest of several such."""
     modes: dict[tuple[int, ...], set[str]] = defaultdict(set)
     for row in rows:
         modes[tuple(row["shape"])].add(row["mode"])
@@ -82,15 +101,7 @@ def bars(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         shown[key] = max(
             shown.get(key, []), row["shape"], key=lambda shape: (len(modes[tuple(shape)]), shape)
         )
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        if (
-            row["shape"] == shown[row["mode"], row["dtype"]]
-            and row["over_floor"]
-            and row["provider"] not in FLOORS
-        ):
-            found[f"{row['mode']}, {row['dtype']}"][row["provider"]] = row["over_floor"]
-    return dict(found)
+    return [row for row in rows if row["shape"] == shown[row["mode"], row["dtype"]]]
 
 
 def _axes(row: Row) -> tuple[str, ...]:
@@ -200,10 +211,62 @@ def _draw_bars(against: dict[str, dict[str, float]], title: str, path: Path) -> 
     _save(figure, path)
 
 
-def _plain_numbers(axis: Any) -> None:
+def _draw_op(rows: Sequence[Row], title: str, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    cases: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        cases[row["mode"], row["dtype"]].append(row)
+    styles = _styles(sorted({row["provider"] for row in rows}))
+    figure, panels = plt.subplots(
+        1, 2, figsize=(8, 0.9 + 0.19 * (len(rows) + len(cases))), layout="constrained", sharey=True
+    )
+    names, ticks, place = {}, [], 0.0
+    for (mode, dtype), group in cases.items():
+        ticks.append((place + (len(group) - 1) / 2, f"{mode}\n{dtype}"))
+        for row in sorted(group, key=ours_first):
+            colour = styles[row["provider"]]["color"]
+            hatch = "///" if row["provider"] == "trimtab reference" else None
+            for panel, field in zip(panels, ("p50_ms", "extra_mib"), strict=True):
+                value = row[field]
+                if value is None:
+                    continue
+                bar = panel.barh(
+                    place, value, color=colour, hatch=hatch, height=0.9, edgecolor="white"
+                )
+                names.setdefault(row["provider"], bar)
+                panel.text(value, place, f" {measured(value)}", va="center", fontsize=7)
+            place += 1
+        place += 1
+    panels[0].set(xscale="log", xlabel="ms", ylim=(place - 1, -1))
+    panels[1].set(xscale="symlog", xlabel="MiB beyond inputs and results")
+    fastest = min(row["p50_ms"] for row in rows)
+    for panel, low in zip(panels, (0.5 * fastest, 0.0), strict=True):
+        panel.set_xlim(low, 2.5 * panel.get_xlim()[1])
+        panel.grid(axis="y", visible=False)
+    panels[0].set_yticks(*zip(*ticks, strict=True))
+    _plain_numbers(panels[0].xaxis, subs=(1,))
+    panels[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def measured(value: float) -> str:
+    """A time or a size as tables and pictures show it."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def ours_first(row: Row) -> tuple[bool, bool, float]:
+    """Sorts floors before ours before others, and each by its time."""
+    provider = row["provider"]
+    return (provider not in FLOORS, "trimtab" not in provider, row["p50_ms"])
+
+
+def _plain_numbers(axis: Any, subs: tuple[int, ...] = (1, 2, 5)) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

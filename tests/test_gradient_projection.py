@@ -56,6 +56,12 @@ def test_outputs_on_protected_inputs_stay(name):
     assert max_error(model.first.weight, before) > 0.05  # it did learn
 
 
+def test_a_layer_that_is_called_by_keyword():
+    layer, old = nn.Linear(12, 5), low_rank(30, 3)
+    (added,) = GradientProjection(layer).protect([{"input": old}], energy=1.0).values()
+    assert added == 3
+
+
 def test_without_a_hook_they_do_not_stay():
     model, old = Net(), low_rank(30, 3)
     optimizer = OPTIMIZERS["adamw"](model.parameters())

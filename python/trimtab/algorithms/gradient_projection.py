@@ -299,18 +299,21 @@ def _recording(
     mask: list[Any] = [None]
 
     def hook(name: str) -> Callable[..., None]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
             left = samples - sum(map(len, seen[name]))
             if left <= 0:
                 return
-            x, keep = inputs[0].detach(), mask[0]
+            x, keep = next(iter((*inputs, *named.values()))).detach(), mask[0]
             if isinstance(keep, Tensor) and keep.shape == x.shape[:-1]:
                 x = x[keep.to(x.device).bool()]
             seen[name].append(x.reshape(-1, x.shape[-1])[:left].clone())
 
         return record
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield mask
     finally:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from contrast_cases import (
     oracle_sample,
     rows,
 )
+from hypothesis_settings import examples
 from trimtab.testing import assert_same_bits
 
 # Infinities and NaN pass in silence on a GPU; numpy, which runs the interpreter, warns of them.
@@ -28,13 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INT64 = st.integers(-(2**63), 2**63 - 1)
 INF = math.inf
-
-
-def examples(count: int):
-    return settings(
-        max_examples=count, deadline=None, derandomize=True, database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
 
 
 @st.composite

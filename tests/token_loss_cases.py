@@ -121,7 +121,7 @@ def term_magnitudes(
         **kept,
     )
     loss.backward(uneven(loss))
-    grad = logits.grad.abs()
+    grad = logits.grad.abs() + smoothing_terms(given, logits.detach(), weighted, options)
     scales = {
         "input.grad": (grad @ given.weight.abs()).max(),
         "weight.grad": (grad.T @ given.input.abs()).max(),
@@ -141,6 +141,25 @@ def term_magnitudes(
     return {
         name: float(scale) for name, scale in {**scales, "loss": total, "z": z.abs().max()}.items()
     }
+
+
+def smoothing_terms(
+    given: Problem, logits: Tensor, weighted: bool, options: dict[str, Any]
+) -> Tensor | float:
+    """Magnitude of what smoothing adds to the logits' gradient: two terms that nearly cancel."""
+    smoothing = options.get("label_smoothing", 0.0)
+    if smoothing == 0.0:
+        return 0.0
+    scale, kept = options.get("logit_scale", 1.0), given.target != -100
+    c = torch.ones_like(logits[0]) if options.get("weight") is None else options["weight"]
+    p = reference.transform_logits(logits, scale, options.get("softcap")).softmax(-1)
+    terms = smoothing / len(c) * (c.sum() * p + c) * abs(scale) * kept[:, None]
+    if weighted:
+        weights = given.token_weight.abs().reshape(-1, len(kept)).amax(0)
+        terms = terms * weights[:, None]
+    divisor = options.get("normalizer") or kept.sum().clamp(min=1)
+    divides = options.get("reduction", "mean") == "mean" and not isinstance(divisor, str)
+    return terms / (divisor.min() if isinstance(divisor, Tensor) else divisor) if divides else terms
 
 
 CONFIDENT = (0.5, 0.9, 0.999, 0.99999, 0.9999999, 1 - 1e-12)

@@ -4,12 +4,14 @@
 #   TRIMTAB_BUILD  auto, python, native or cuda: see setup.py      (auto)
 #   FAMILY         one kernel family, for bench and gpu            (all)
 #   ARGS           more arguments for the demo or for pytest
+#   TORCHES        the torches that a wheel is tried with          (torch==2.10.0 torch==2.14.1)
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRIMTAB_BUILD ?= auto
 FAMILY ?=
 ARGS ?=
+TORCHES ?= torch==2.10.0 torch==2.14.1
 export TRIMTAB_BUILD
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -30,11 +32,11 @@ REQUIRED := $(VENV)/.required
 BUILT := $(VENV)/.built-$(TRIMTAB_BUILD)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format docs bench gpu clean $(FAMILIES:%=bench-%)
+.PHONY: help build demo test lint format docs wheel bench gpu clean $(FAMILIES:%=bench-%)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@sed -n '2,6s/^#//p' $(MAKEFILE_LIST)
+	@sed -n '2,7s/^#//p' $(MAKEFILE_LIST)
 
 build: $(BUILT)  ## the environment and the compiled libraries; compiles only what changed
 
@@ -59,6 +61,9 @@ docs: $(VENV)/.docs  ## the documents as a site, build/site/index.html
 	@test -x $(BIN)/mkdocs || { echo 'the site needs Python 3.11.5: rm -r $(VENV); make PYTHON=python3.X docs'; exit 1; }
 	@$(BIN)/python docs/measured.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+wheel: $(BUILT)  ## dist/*.whl, tried in a new environment with each torch of TORCHES
+	@$(BIN)/python tests/try_wheel.py $(TORCHES)
 
 bench: $(FAMILIES:%=bench-%)  ## the benchmark suites, ours beside the peers', into bench/results/
 

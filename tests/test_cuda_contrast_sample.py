@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import shutil
 from collections.abc import Iterator
@@ -66,16 +67,22 @@ def call(
     count: int | None = None,
     maps: tuple[Tensor | None, ...] = (None, None, None),
     ops: Any = None,
-    **numbers: float,
+    **numbers: float | Tensor,
 ) -> tuple[Tensor, ...]:
-    """The row operator itself; what it leaves unwritten is 77."""
+    """The row operator itself; what it leaves unwritten is 77.
+
+    A tensor is a parameter of each row.
+    """
     count = len(positive) if count is None else count
     outs = [torch.full((count,), 77, dtype=torch.int64) for _ in range(2)]
     outs.insert(1, torch.full((count,), 77.0))
     full = {"alpha": 0.5, "log_beta": -INF, "temperature": 1.0, "top_k": 0, "tail": -1.0,
             "log_min_p": -INF, "seed": 3, "position": 4}  # fmt: skip
     assert not numbers.keys() - full.keys()
-    pairs = [item for value in (full | numbers).values() for item in (value, None)]
+    given = [(full[name], numbers.get(name, full[name])) for name in full]
+    pairs: list[float | Tensor | None] = []
+    for usual, number in given:
+        pairs += [usual, number] if isinstance(number, Tensor) else [number, None]
     (ops or kernels()).contrastive_sample_rows(positive, negative, anchor, *maps, *pairs, *outs)
     return tuple(outs)
 
@@ -373,6 +380,75 @@ def test_the_order_of_threads_changes_no_bit(name):
                     *call(*tied, alpha=0.0, tail=0.3), *call(*tied, top_k=33, log_beta=-3.0),
                     *call(*tied, temperature=0.0), *call(*tied),
                 ])  # fmt: skip
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_zeros_of_both_signs_in_any_order_of_threads():
+    """Which thread has the one token that is kept changes with the order; its result does not."""
+    generator = torch.Generator().manual_seed(1)
+    row = torch.where(torch.rand(30, 600, generator=generator) < 0.5, -0.0, 0.0)
+    row[torch.rand(30, 600, generator=generator) > 1 / 8] = -5.0
+    results = []
+    with played("Ampere"):
+        for order in library.ORDERS:
+            with library.schedule(order, seed=1):
+                drawn = [
+                    call(row, None, **options)
+                    for options in ({"top_k": 6}, {"tail": 1.0}, {"top_k": 6, "tail": 1.0},
+                                    {"log_beta": -1.0, "tail": 1.0})
+                ]  # fmt: skip
+                results.append([(token, logp.view(torch.int32)) for token, logp, _ in drawn])
+    for other in results[1:]:
+        for ours, first in zip(other, results[0], strict=True):
+            assert_same(ours, first)
+
+
+# What the blocks of a cluster do with a row of 1700: where they leave it, and how they part.
+KINDS: dict[str, dict[str, float]] = {
+    "no such row": {},
+    "NaN": {},
+    "all masked": {"log_beta": -1.0},
+    "mask's list, greedy": {"log_beta": -1.0, "temperature": 0.0},
+    "mask's list": {"log_beta": -1.0, "tail": 0.2},
+    "mask past its list": {"log_beta": -60.0, "top_k": 5, "temperature": 0.7},
+    "mask past its list, greedy": {"log_beta": -60.0, "temperature": 0.0},
+    "list of top-k": {"top_k": 7, "tail": 0.3},
+    "row of top-k": {"top_k": 900},
+    "list of top-p": {"tail": 0.7, "temperature": 0.5},
+    "list of top-p that is too short": {"tail": 0.01, "temperature": 2.0},
+    "row of both": {"tail": 0.01, "top_k": 1500, "temperature": 2.0},
+    "no search": {"log_min_p": -3.0, "temperature": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", ["clusters in scratch", "Ampere in scratch"])
+def test_after_a_row_of_any_kind_comes_one_of_any_other(name):
+    """Blocks that are done with a row go on, while the first may still work on its list."""
+    order = [kind for pair in itertools.product(KINDS, KINDS) for kind in pair]
+    p, n = rows(len(order), 1700).logits(torch.bfloat16, 2)
+    places = torch.arange(len(order))
+    for i, kind in enumerate(order):
+        if kind == "no such row":
+            places[i] = -1
+        elif kind == "NaN":
+            p[i, 1699 * (i % 2)] = math.nan
+        elif kind == "all masked":
+            p[i] = -INF
+    usual = {"log_beta": -INF, "temperature": 1.0, "top_k": 0, "tail": -1.0, "log_min_p": -INF}
+    numbers = {
+        option: torch.tensor([KINDS[kind].get(option, number) for kind in order])
+        for option, number in usual.items()
+    }
+    expected = call(p, n, maps=(places, None, None), ops=torch.ops.trimtab, **numbers)
+    bad = torch.tensor([kind in ("no such row", "NaN", "all masked") for kind in order])
+    assert ((expected[0] == -1) == bad).all()
+    results = []
+    with played(name):
+        for schedule in library.ORDERS:
+            with library.schedule(schedule, seed=11):
+                results.append(call(p, n, maps=(places, None, None), **numbers))
+    assert_agrees(results[0], expected)
     for other in results[1:]:
         assert_same(other, results[0])
 

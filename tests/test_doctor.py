@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ def test_a_healthy_install(install):
     status, report = diagnose(install)
     assert (status, report["problems"]) == (0, [])
     assert report["torch"]["version"] == torch.__version__
-    assert report["packages"]["torch"] == torch.__version__
+    assert report["packages"]["torch"] == importlib.metadata.version("torch")
     assert report["torch"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
 
 

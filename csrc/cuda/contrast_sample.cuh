@@ -184,7 +184,8 @@ TRIMTAB_DEVICE void sample_row(SampleCluster& cluster, const ContrastiveSample<E
     }
   }
   if (!std::isfinite(largest)) return out.write_bad(cluster);
-  Kept kept{temperature > 0 ? largest / temperature : 0.0f};
+  // Of zeros of both signs threads may hold either as the largest: added to 0 they are one.
+  Kept kept{temperature > 0 ? largest / temperature + 0.0f : 0.0f};
   if (!std::isfinite(kept.top)) return out.write_bad(cluster);
   const int64_t k = at(rows.top_k, i);
   const Parameters given{temperature, at(rows.tail, i),

@@ -71,7 +71,7 @@ def assert_within_budget(
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, *, name: str = "result") -> None:
-    """Raise if two tensors differ in a single bit, NaNs in the same place aside."""
+    """Raise if two tensors differ in a bit, aside from a zero's sign and NaNs in one place."""
     if not torch.equal(actual.isnan(), expected.isnan()) or not torch.equal(
         actual.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0)
     ):

@@ -128,7 +128,7 @@ class ContrastiveLogp(torch.autograd.Function):
         if wants_double_backward():
             positive, negative, anchor = aliases(positive, negative, anchor)
             logp = reference.contrastive_logp(
-                positive, negative, anchor, target, alpha.value, temperature.value, ignore_index
+                positive, negative, anchor, target, alpha.value(), temperature.value(), ignore_index
             )
             inputs = (positive, negative, anchor)
             return (*through_reference(logp, inputs, ctx.needs, upstream), *[None] * 6)

@@ -22,7 +22,7 @@ class PerRow(NamedTuple):
     number: float
     rows: Tensor | None = None
 
-    @property
+    # Not a property: Dynamo of torch 2.10 can't look into those of named tuples.
     def value(self) -> float | Tensor:
         """Either, as the oracle takes it."""
         return self.number if self.rows is None else self.rows

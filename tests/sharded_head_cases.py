@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
 
 import trimtab
@@ -46,6 +48,36 @@ def second_derivatives(group: Any, spec: dict[str, Any]) -> dict[str, Tensor]:
         again = torch.autograd.grad(sum(grad.sin().sum() for grad in grads), leaves)
         for name, grad in zip(("input", "weight", "bias"), again, strict=True):
             results[f"{op} {name}.grad"] = grad
+    return results
+
+
+def derivatives_of_own_tokens(group: Any, spec: dict[str, Any]) -> dict[str, Tensor]:
+    """Gradients and second derivatives, also of the divisor, of ranks with their own tokens."""
+    input, target, weight, bias = head_of(spec, group)
+    counts = spec["counts"] if group is not None else None
+    rank = 0 if group is None else group.rank()
+    target, token_weight = (
+        cut(values, counts, rank) for values in (target, problem(**spec["problem"]).token_weight)
+    )
+    leaves = {
+        "input": leaf(cut(input.detach(), counts, rank)), "weight": weight, "bias": bias,
+        "token_weight": leaf(token_weight.double()),
+        "normalizer": torch.tensor(7.0, dtype=torch.float64, requires_grad=True),
+    }  # fmt: skip
+    results = {}
+    for divisor in ("token_weight", leaves["normalizer"]):
+        loss = trimtab.linear_cross_entropy(
+            leaves["input"], weight, target, linear_bias=bias, token_weight=leaves["token_weight"],
+            normalizer=divisor, group=group, impl=spec["impl"],
+            options=trimtab.TokenLossOptions(sequence_parallel=group is not None),
+        )  # fmt: skip
+        used = dict(leaves)
+        if isinstance(divisor, str):
+            del used["normalizer"]
+        grads = torch.autograd.grad(loss.square(), used.values(), create_graph=True)
+        again = torch.autograd.grad(sum(grad.sin().sum() for grad in grads), used.values())
+        for name, grad, second in zip(used, grads, again, strict=True):
+            results |= {f"{len(used)} {name}": grad.detach(), f"{len(used)} {name} again": second}
     return results
 
 
@@ -231,6 +263,30 @@ def compiled_case(group: Any, spec: dict[str, Any]) -> dict[str, bool]:
     return same
 
 
+def unordered(group: Any, spec: dict[str, Any]) -> list[str]:
+    """Collectives of a compiled graph, forward and backward, that nothing holds in their order."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._higher_order_ops.effects import with_effects
+
+    loose, held = [], []
+
+    def keep(graph: Any, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if str(node.target).startswith("trimtab."):
+                loose.append(str(node.target))
+            elif node.target is with_effects:
+                held.append(str(node.args[1]))
+        return make_boxed_func(graph.forward)
+
+    def both(*leaves: Any) -> Tensor:
+        return compiled_loss(*leaves, group) + compiled_logp(*leaves, group).sum()
+
+    leaves = head_of(spec, group)
+    torch.compile(both, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(*leaves).backward()
+    assert len(held) == 3, held
+    return loose
+
+
 def compiled_loss(
     input: Tensor, target: Tensor, weight: Tensor, bias: Tensor, group: Any
 ) -> Tensor:
@@ -348,6 +404,19 @@ def misuse(group: Any, spec: dict[str, Any]) -> dict[str, str]:
         "other options": loss(label_smoothing=0.1 if rank else 0.0),
         "other weights": loss(token_weight=torch.ones(len(target)).index_fill(
             0, torch.tensor([1 + rank]), 0.0)),
+        "other scale": loss(logit_scale=1.0 + rank),
+        "other smoothing": loss(label_smoothing=0.1 + rank / 8),
+        "other sums": loss(options=trimtab.TokenLossOptions(
+            accum_dtype=torch.bfloat16 if rank else torch.float32)),
+        "other scale, reference": loss(logit_scale=1.0 + rank, impl="reference"),
+        "own tokens of one": loss(options=own if rank == 1 else None),
+        "gradients of one": loss(
+            token_weight=torch.ones(len(target), requires_grad=rank == 1),
+            normalizer="token_weight", options=replace(own, skip_zero_weight=False),
+        ),
+        "gradients of one, reference": loss(input=leaf(input, rank == 1), impl="reference"),
+        "one operator of two": loss(weight=torch.ones(len(weight)) if rank else None),
+        "divisor of the same tokens": loss(normalizer_group=group),
         "outside": loss(target=outside),
         "outside, own tokens": loss(target=outside if rank == 2 else target, options=own),
         "outside, reference": loss(target=outside, impl="reference"),
@@ -366,6 +435,29 @@ def misuse(group: Any, spec: dict[str, Any]) -> dict[str, str]:
         "logits": lambda: trimtab.linear_contrastive_sample(
             input[: 3 + rank], input[: 3 + rank], weight, alpha=0.5, group=group
         ),
+    }  # fmt: skip
+    return {name: raised(call) for name, call in calls.items()}
+
+
+def failing_alone(group: Any, spec: dict[str, Any]) -> dict[str, str]:
+    """Calls that fail on rank 1 alone."""
+    fails = group.rank() == 1
+    input, target, weight, _ = head_of({**spec, "dtype": torch.float32}, group)
+    target = target.clamp(min=0)
+    own = trimtab.TokenLossOptions(sequence_parallel=True)
+    cold = torch.ones(len(target)).index_fill(0, torch.tensor([2]), 0.0 if fails else 1.0)
+    other = weight.double() if fails else weight
+    contrast = {"alpha": 0.5, "group": group}
+    calls = {
+        "dtype": lambda: trimtab.linear_cross_entropy(input, other, target, group=group),
+        "length": lambda: trimtab.linear_cross_entropy(
+            input, weight, target[: 5 if fails else None], group=group, options=own),
+        "temperature": lambda: trimtab.linear_logp(
+            input, weight, target, temperature=cold, group=group, options=own),
+        "rows": lambda: trimtab.linear_contrastive_logp(
+            input, input[: 5 if fails else None], weight, target, **contrast),
+        "filter": lambda: trimtab.linear_contrastive_sample(
+            input, input, weight, top_p=2.0 if fails else 0.5, **contrast),
     }  # fmt: skip
     return {name: raised(call) for name, call in calls.items()}
 

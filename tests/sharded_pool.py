@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -25,10 +25,12 @@ class WorkerError(Exception):
 class Pool:
     """``RANKS`` processes with a process group, which run functions of the case files."""
 
-    def __init__(self, ranks: int = RANKS) -> None:
+    def __init__(
+        self, ranks: int = RANKS, preload: Sequence[str] = ("sharded_head_cases",)
+    ) -> None:
         # A server that has imported everything forks them: one import, not one each.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sharded_head_cases"])
+        context.set_forkserver_preload(list(preload))
         self.folder = tempfile.TemporaryDirectory()
         self.connections: list[Connection] = []
         self.processes = []

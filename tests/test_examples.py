@@ -13,6 +13,7 @@ NEEDS = {
     "hf_trainer": ["transformers", "accelerate"],
     "peft_lora": ["transformers", "peft"],
     "trl_weighted_sft": ["trl", "datasets"],
+    "distributed": ["transformers"],
     "drop_in": [],
 }
 
@@ -40,4 +41,4 @@ def test_every_example_is_run_and_listed():
     assert found.keys() == NEEDS.keys()
     for name, path in found.items():
         assert f"`{name}.py`" in listed
-        assert len(path.read_text().splitlines()) < 120
+        assert len(path.read_text().splitlines()) < 150

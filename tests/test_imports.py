@@ -15,7 +15,17 @@ import trimtab
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "trimtab"
-OPTIONAL = ("triton", "transformers", "matplotlib", "tqdm", "tokenizers", "peft", "trl")
+OPTIONAL = (
+    "triton",
+    "transformers",
+    "matplotlib",
+    "tqdm",
+    "tokenizers",
+    "peft",
+    "trl",
+    "vllm",
+    "sglang",
+)
 
 # Layer -> the layers that it may import; everything may import itself.
 LAYERS = {
@@ -86,6 +96,7 @@ for name in {OPTIONAL!r}:
     sys.modules[name] = None
 import trimtab.compat.cce, trimtab.compat.liger, trimtab.integrations.peft
 import trimtab.integrations.transformers, trimtab.integrations.trl
+import trimtab.integrations.vllm, trimtab.integrations.sglang
 try:
     trimtab.integrations.transformers.apply(object())
 except ImportError as error:

@@ -67,6 +67,20 @@ def test_second_derivatives_of_each_token(pool):
           cases.second_derivatives(None, spec))  # fmt: skip
 
 
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_derivatives_of_own_tokens(pool, impl):
+    spec = {**SPEC, "counts": [20, 0, 16, 1], "impl": impl}
+    ranks = pool.run(cases.derivatives_of_own_tokens, spec)
+    found = {
+        name: first if "normalizer" in name else torch.cat([rank[name] for rank in ranks])
+        for name, first in ranks[0].items()
+    }
+    close(found, cases.derivatives_of_own_tokens(None, spec))
+    for rank in ranks[1:]:
+        close({name: rank[name] for name in rank if "normalizer" in name},
+              {name: value for name, value in found.items() if "normalizer" in name})  # fmt: skip
+
+
 @pytest.mark.parametrize("name", cases.FILTERS)
 def test_every_rank_draws_the_tokens_of_one_process(pool, name):
     spec = {**SPEC, "dtype": torch.float32}
@@ -223,6 +237,10 @@ def test_compiled_without_a_break(pool):
         assert rank == {"loss": True, "logp": True, "token": True}
 
 
+def test_compilers_keep_the_order_of_collectives(pool):
+    assert pool.run(cases.unordered, SPEC) == [[]] * 4
+
+
 @pytest.mark.parametrize("normalizer", [None, "token_weight"])
 def test_a_divisor_over_data_parallel_ranks(pool, normalizer):
     class_weight = torch.linspace(0.0, 2.0, 63)
@@ -251,6 +269,15 @@ MISUSE = {
     "other widths": "ValueError: group must be of ranks that agree on the input's width",
     "other options": "ValueError: group must be of ranks that agree on the options",
     "other weights": "ValueError: target must be the same on every rank",
+    "other scale": "ValueError: group must be of ranks that agree on the options",
+    "other smoothing": "ValueError: group must be of ranks that agree on the options",
+    "other sums": "ValueError: group must be of ranks that agree on the options",
+    "other scale, reference": "ValueError: group must be of ranks that agree on the options",
+    "own tokens of one": "ValueError: ",
+    "gradients of one": "ValueError: group must be of ranks that agree on the options",
+    "gradients of one, reference": "ValueError: group must be of ranks that agree on the options",
+    "one operator of two": "ValueError: group must be of ranks that agree on",
+    "divisor of the same tokens": "ValueError: normalizer_group must be without other ranks",
     "outside": "IndexError: target must be in [0, 63)",
     "outside, own tokens": "IndexError: target must be in [0, 63)",
     "outside, reference": "IndexError: target must be in [0, 63)",
@@ -274,6 +301,24 @@ def test_misuse_is_an_error_on_every_rank(pool):
             assert text.startswith(MISUSE[name]), (name, text)
             assert ";" in text, "an error says what to do"
     # The processes are in step again.
+    test_everything_ignored(pool)
+
+
+ALONE = {
+    "dtype": "TypeError: linear_weight must be torch.float32",
+    "length": "ValueError: target must be of shape",
+    "temperature": "ValueError: temperature must be positive",
+    "rows": "ValueError: negative must be",
+    "filter": "ValueError: top_p must be",
+}
+
+
+def test_all_ranks_hear_of_one_that_fails_its_checks(pool):
+    heard = "ValueError: group must be of ranks whose arguments pass their checks, got an error on "
+    for rank, texts in enumerate(pool.run(cases.failing_alone, SPEC)):
+        assert texts.keys() == ALONE.keys()
+        for name, text in texts.items():
+            assert text.startswith(ALONE[name] if rank == 1 else f"{heard}ranks [1]"), (name, text)
     test_everything_ignored(pool)
 
 

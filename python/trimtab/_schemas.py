@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 _LIB = torch.library.Library("trimtab", "DEF")
 
@@ -65,12 +66,23 @@ for _name, _shard in (("linear", ""), ("sharded", ", str group, bool sequence_pa
         f"int? chunk_size, ScalarType accum_dtype, ScalarType compute_dtype, str impl{_shard}) "
         "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
     )
-_LIB.define("group_sum(Tensor values, str group) -> Tensor")
+_LIB.define("group_sum(Tensor values, str group, str? first_call=None) -> Tensor")
 _LIB.define("gather_logits(Tensor logits, str group) -> Tensor")
 _LIB.define(
     "sharded_class_weight_sum(Tensor class_weight, Tensor target, int ignore_index, str group, "
     "bool sequence_parallel) -> Tensor"
 )
+# A compiler may not reorder what talks to other ranks: two calls that do not depend on each other
+# came in another order on a rank whose number of tokens, 1, had a graph of its own (inductor).
+for _name in (
+    "sharded_token_loss",
+    "sharded_token_logp",
+    "sharded_token_logp_backward",
+    "sharded_class_weight_sum",
+    "group_sum",
+    "gather_logits",
+):
+    _register_effectful_op(getattr(torch.ops.trimtab, _name).default, _EffectType.ORDERED)
 
 # Shared by the contrast operators. A number and, where rows differ, one per row: the tensor wins.
 _ROWS = "Tensor positive, Tensor? negative, Tensor? anchor"
@@ -200,8 +212,8 @@ for _name, _fake in (
 
 
 @torch.library.register_fake("trimtab::group_sum", lib=_LIB)
-def _(values: Tensor, group: str) -> Tensor:
-    return torch.empty_like(values)
+def _(values: Tensor, group: str, first_call: str | None = None) -> Tensor:
+    return values.new_empty(values.shape)
 
 
 @torch.library.register_fake("trimtab::gather_logits", lib=_LIB)

@@ -20,16 +20,15 @@ from torch.nn import functional as F
 from trimtab.algorithms.causal_lm import transform
 from trimtab.algorithms.inverse_q import PrinciplePrompt
 from trimtab.algorithms.inverse_q.trainer import InverseQTrainer as _InverseQTrainer
-from trimtab.integrations.transformers import (
+from trimtab.integrations._deferred_loss import (
     DeferredLoss,
     Settings,
-    causal_lm,
-    check_formula,
     check_positions,
-    own_class,
     shifted,
     shifted_weights,
 )
+from trimtab.integrations._model_checks import check_formula
+from trimtab.integrations.transformers import causal_lm, own_class
 from trimtab.ops.token_loss import TokenLogp, TokenLossOptions, linear_logp
 
 __all__ = ["Applied", "InverseQTrainer", "WeightCollator", "apply"]
@@ -241,6 +240,7 @@ def _our_forward(model: Any, trainer: Any, settings: Settings) -> Any:
 class _TokenScores(DeferredLoss):
     """What TRL's trainers read of each token, in the place of a loss."""
 
+    takes_slices = False
     temperature: float = 1.0
     outputs: tuple[str, ...] = ("log_probs",)
     in_float32: bool = False

@@ -39,7 +39,7 @@ from trimtab.ops.contrast import _inputs as inputs
 from trimtab.ops.contrast._functions import ContrastiveLogits, ContrastiveLogp
 from trimtab.ops.contrast._inputs import PerRow, Rows
 from trimtab.ops.token_loss import _inputs as head_inputs
-from trimtab.ops.token_loss._groups import local_head
+from trimtab.ops.token_loss._groups import FailingTogether, local_head
 from trimtab.reference import contrast as reference
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def contrastive_logits(
     log_beta = inputs.check_plausibility(plausibility, rows.shape, positive)
     chosen = choose("contrastive_logits", positive.device.type, positive.dtype, impl).impl
     if chosen == "reference":
-        out = reference.contrastive_logits(*rows[:3], weight.value, log_beta.value)
+        out = reference.contrastive_logits(*rows[:3], weight.value(), log_beta.value())
     else:
         needs = needs_grad(*rows[:3])
         out = ContrastiveLogits.apply(*rows[:3], weight, log_beta, needs, chosen)
@@ -168,7 +168,7 @@ def contrastive_logp(
     check_target_range(flat, ignored, positive.shape[-1])
     if chosen == "reference":
         logp = reference.contrastive_logp(
-            rows.positive, rows.negative, rows.anchor, flat, weight.value, heat.value, ignored
+            rows.positive, rows.negative, rows.anchor, flat, weight.value(), heat.value(), ignored
         )
     else:
         needs = needs_grad(*rows[:3])
@@ -304,12 +304,14 @@ def linear_contrastive_logp(
             ``TRIMTAB_CHECK=1``.
         RuntimeError: ``impl`` names an implementation that is not available here.
     """
-    hidden = _contrasted_hidden(positive, negative, alpha)
     local = local_head(positive, linear_weight, linear_bias, group=group)
-    head = head_inputs.check_head(
-        hidden, local.weight, local.bias, target, "positive", may_be_empty=local.shard is not None
-    )
-    choose("linear_contrastive_logp", positive.device.type, head.compute_dtype, impl)
+    with FailingTogether(local.shard, local.weight):
+        hidden = _contrasted_hidden(positive, negative, alpha)
+        head = head_inputs.check_head(
+            hidden, local.weight, local.bias, target, "positive",
+            may_be_empty=local.shard is not None,
+        )  # fmt: skip
+        choose("linear_contrastive_logp", positive.device.type, head.compute_dtype, impl)
     return token_loss.linear_logp(
         hidden, linear_weight, target, linear_bias=linear_bias, temperature=temperature,
         logit_scale=logit_scale, ignore_index=ignore_index, impl=impl, options=options, group=group,
@@ -369,23 +371,25 @@ def linear_contrastive_sample(
     Raises:
         ValueError, TypeError, RuntimeError: as ``contrastive_sample``.
     """
-    hidden = _contrasted_hidden(positive, negative, alpha)
-    if hidden.dim() != 2:
-        raise bad("positive", "of shape (B, D)", tuple(positive.shape), "flatten it")
-    head_inputs.check_scalars(logit_scale=logit_scale)
-    if not logit_scale > 0.0:
-        raise bad("logit_scale", "positive", logit_scale, "fold its sign into the head")
     local = local_head(positive, linear_weight, linear_bias, group=group)
-    row = torch.zeros((), dtype=torch.int64, device=hidden.device).expand(hidden.shape[:1])
-    head = head_inputs.check_head(
-        hidden, local.weight, local.bias, row, "positive", may_be_empty=local.shard is not None
-    )
-    filters = inputs.check_filters(
-        {"plausibility": plausibility, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-         "min_p": min_p, "seed": seed, "position": position},
-        head.shape, head.input.new_empty(0, dtype=head.compute_dtype),
-    )  # fmt: skip
-    chosen = choose("linear_contrastive_sample", hidden.device.type, head.compute_dtype, impl).impl
+    with FailingTogether(local.shard, local.weight):
+        hidden = _contrasted_hidden(positive, negative, alpha)
+        if hidden.dim() != 2:
+            raise bad("positive", "of shape (B, D)", tuple(positive.shape), "flatten it")
+        head_inputs.check_scalars(logit_scale=logit_scale)
+        if not logit_scale > 0.0:
+            raise bad("logit_scale", "positive", logit_scale, "fold its sign into the head")
+        row = torch.zeros((), dtype=torch.int64, device=hidden.device).expand(hidden.shape[:1])
+        head = head_inputs.check_head(
+            hidden, local.weight, local.bias, row, "positive", may_be_empty=local.shard is not None
+        )
+        filters = inputs.check_filters(
+            {"plausibility": plausibility, "temperature": temperature, "top_k": top_k,
+             "top_p": top_p, "min_p": min_p, "seed": seed, "position": position},
+            head.shape, head.input.new_empty(0, dtype=head.compute_dtype),
+        )  # fmt: skip
+        device, dtype = hidden.device.type, head.compute_dtype
+        chosen = choose("linear_contrastive_sample", device, dtype, impl).impl
     masked = filters.log_beta != inputs.OFF
     stacked = torch.cat((hidden, positive)) if masked else hidden
     bias = local.bias
@@ -418,8 +422,8 @@ def _sample(
 ) -> Sampled:
     tensors = [None if row is None else row.detach() for row in rows[:3]]
     if impl == "reference":
-        values = [parameter.value for parameter in filters]
-        drawn = reference.contrastive_sample(*tensors, *maps, alpha.value, *values)  # type: ignore[call-arg, arg-type]
+        values = [parameter.value() for parameter in filters]
+        drawn = reference.contrastive_sample(*tensors, *maps, alpha.value(), *values)  # type: ignore[call-arg, arg-type]
     else:
         drawn = torch.ops.trimtab.contrastive_sample.default(
             *tensors, *maps, *alpha, *filters.flat(), rows.shape[0], impl

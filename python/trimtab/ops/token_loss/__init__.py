@@ -46,7 +46,11 @@ from trimtab.ops.token_loss._functions import (
     reference_logp,
     reference_loss,
 )
-from trimtab.ops.token_loss._groups import check_group, local_head
+from trimtab.ops.token_loss._groups import (
+    FailingTogether,
+    check_normalizer_group,
+    local_head,
+)
 from trimtab.ops.token_loss._inputs import TokenLossOptions
 from trimtab.ops.token_loss._weights import Coefficients, Ranks, reduce_tokens, token_coefficients
 from trimtab.reference import token_loss as reference
@@ -184,14 +188,15 @@ def linear_cross_entropy(
     linear_weight, linear_bias, weight, shard = local_head(
         input, linear_weight, linear_bias, weight, group, options.sequence_parallel
     )
-    count = inputs.check_token_weight(token_weight, target)
-    inputs.check_reduction(reduction, normalizer, token_weight, count, normalizer_group)
-    head = inputs.check_head(
-        input, linear_weight, linear_bias, target, may_be_empty=shard is not None
-    )
-    class_weight = inputs.check_class_weight(weight, linear_weight.shape[0], input)
-    chosen = choose("linear_cross_entropy", input.device.type, head.compute_dtype, impl).impl
-    ranks = Ranks(shard, check_group(normalizer_group, "normalizer_group"))
+    with FailingTogether(shard, linear_weight):
+        count = inputs.check_token_weight(token_weight, target)
+        inputs.check_reduction(reduction, normalizer, token_weight, count, normalizer_group)
+        head = inputs.check_head(
+            input, linear_weight, linear_bias, target, may_be_empty=shard is not None
+        )
+        class_weight = inputs.check_class_weight(weight, linear_weight.shape[0], input)
+        chosen = choose("linear_cross_entropy", input.device.type, head.compute_dtype, impl).impl
+        ranks = Ranks(shard, check_normalizer_group(normalizer_group, shard))
     coefficients = token_coefficients(
         head.target, token_weight, class_weight, count, reduction, normalizer, ignored,
         head.compute_dtype, ranks,
@@ -204,7 +209,7 @@ def linear_cross_entropy(
         loss = _weighted_loss(head, class_weight, coefficients, options, loss_args, head_args)
         return coefficients.with_nan_of_nothing(loss, count)
     tokens = _token_loss(head, class_weight, coefficients, options, loss_args, head_args)
-    return reduce_tokens(tokens, coefficients, reduction, count, head.shape, ranks.token_group)
+    return reduce_tokens(tokens, coefficients, reduction, count, head.shape, ranks.token_group())
 
 
 def _weighted_loss(
@@ -380,11 +385,12 @@ def linear_logp(
     linear_weight, linear_bias, _, shard = local_head(
         input, linear_weight, linear_bias, None, group, options.sequence_parallel
     )
-    head = inputs.check_head(
-        input, linear_weight, linear_bias, target, may_be_empty=shard is not None
-    )
-    inv_temperature = inputs.inverse_temperature(temperature, head)
-    chosen = choose("linear_logp", input.device.type, head.compute_dtype, impl).impl
+    with FailingTogether(shard, linear_weight):
+        head = inputs.check_head(
+            input, linear_weight, linear_bias, target, may_be_empty=shard is not None
+        )
+        inv_temperature = inputs.inverse_temperature(temperature, head)
+        chosen = choose("linear_logp", input.device.type, head.compute_dtype, impl).impl
     ignored = NOTHING_IGNORED if ignore_index is None else ignore_index
     transform = (ignored, logit_scale, softcap_or_0)
     outputs: tuple[Tensor, ...]

@@ -22,7 +22,7 @@ from trimtab.ops._autograd import (
 )
 from trimtab.ops.token_loss import _sharded_reference as sharded_reference
 from trimtab.ops.token_loss._chunks import _cast, times
-from trimtab.ops.token_loss._groups import Shard
+from trimtab.ops.token_loss._groups import Replicated, Shard
 from trimtab.reference import token_loss as reference
 
 
@@ -134,6 +134,8 @@ class WeightedLoss(torch.autograd.Function):
         """Scale what the forward pass made."""
         input, weight, bias, coef, target, class_weight, loss, *grads, scale = ctx.saved_tensors
         if wants_double_backward():
+            if ctx.shard is not None and ctx.shard.sequence_parallel:
+                upstream = Replicated.apply(upstream, ctx.shard.group)
             inputs = input, weight, bias, coef = aliases(input, weight, bias, coef)
             tokens = reference_loss(
                 input, weight, bias, target, class_weight, ctx.loss_args, ctx.compute_dtype,

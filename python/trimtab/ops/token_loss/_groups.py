@@ -5,16 +5,19 @@ A group goes by its name, a string, so that an operator can take it under ``torc
 
 from __future__ import annotations
 
+import zlib
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trimtab.ops._checks import bad, check_target_range
+from trimtab.ops._checks import FLOATING, bad, check_target_range
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What every rank announces before the first product; the order of the columns below.
+# What every rank announces first in every call; the order of the columns below.
 _FACTS = ("slice", "tokens", "input's width", "dtype of the products", "options", "target")
+# In place of the slice's size, from a rank whose call does not get through its checks.
+_FAILED = -1
 
 
 class Shard(NamedTuple):
@@ -103,24 +106,58 @@ def assemble(
     """Exchange the sizes, and refuse a call in which the ranks do not agree.
 
     One collective of six integers, which waits for the stream. Its checksum covers the targets and
-    which of them ``keep`` lets through: the ranks have to leave out the same rows.
+    which of them ``keep`` lets through: the ranks have to leave out the same rows. ``options`` are
+    all that the ranks have to give alike, with the same ``repr`` in every process.
+    """
+    group = process_group(shard.group)
+    kept = target if keep is None else torch.where(keep, target, -1)
+    table = _exchange(
+        group, [weight.shape[0], target.shape[0], weight.shape[1], FLOATING.index(compute_dtype),
+                _code(options, shard.sequence_parallel)], _checksum(kept),
+    )  # fmt: skip
+    columns = _agreed(table, shard.sequence_parallel)
+    if not sum(columns["slice"]):
+        raise bad("linear_weight", "non-empty on some rank of group", columns["slice"],
+                  "pass each rank its slice of the head")  # fmt: skip
+    counts = columns["tokens"] if shard.sequence_parallel else None
+    return Team(group, group.rank(), columns["slice"], counts, table[:, 0].cumsum(0))
+
+
+def _exchange(group: Any, numbers: list[int], checksum: Tensor) -> Tensor:
+    """Every rank's facts, (P, 6): the same collective whatever the call, and always its first.
+
+    A backend answers collectives that do not match with an abort, or not at all.
     """
     from torch import distributed
 
-    group = process_group(shard.group)
-    refuse_capture(target)
-    kept = target if keep is None else torch.where(keep, target, -1)
-    facts = torch.tensor(
-        [weight.shape[0], target.shape[0], weight.shape[1], _DTYPES.index(compute_dtype),
-         _code(options), 0], device=target.device,
-    )  # fmt: skip
-    facts[-1] = _checksum(kept)
+    refuse_capture(checksum)
+    facts = torch.tensor([*numbers, 0], device=checksum.device)
+    facts[-1] = checksum
     table = facts.new_empty((group.size(), len(_FACTS)))
     distributed.all_gather(list(table), facts, group=group)
-    columns = dict(zip(_FACTS, table.t().tolist(), strict=True))
-    _refuse_disagreement(columns, shard.sequence_parallel)
-    counts = columns["tokens"] if shard.sequence_parallel else None
-    return Team(group, group.rank(), columns["slice"], counts, table[:, 0].cumsum(0))
+    return table
+
+
+class FailingTogether:
+    """``with FailingTogether(shard, weight):`` around checks that one rank alone may not pass.
+
+    That rank tells the others in place of its first exchange of facts, and all of them raise.
+    """
+
+    def __init__(self, shard: Shard | None, weight: Tensor) -> None:
+        self.shard, self.weight = shard, weight
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.shard is None or not isinstance(error, Exception) or torch.compiler.is_compiling():
+            return
+        # Whatever keeps the word from arriving (a device that the backend does not serve, ranks
+        # that do not make the call), the caller is to see the first error.
+        with suppress(RuntimeError):
+            checksum = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+            _exchange(process_group(self.shard.group), [_FAILED, 0, 0, 0, 0], checksum)
 
 
 def refuse_capture(tensor: Tensor) -> None:
@@ -132,7 +169,13 @@ def refuse_capture(tensor: Tensor) -> None:
         )
 
 
-def _refuse_disagreement(columns: dict[str, list[int]], sequence_parallel: bool) -> None:
+def _agreed(table: Tensor, sequence_parallel: bool) -> dict[str, list[int]]:
+    """The facts by name, where the ranks' calls fit together."""
+    columns = dict(zip(_FACTS, table.t().tolist(), strict=True))
+    failed = [rank for rank, size in enumerate(columns["slice"]) if size == _FAILED]
+    if failed:
+        raise bad("group", "of ranks whose arguments pass their checks",
+                  f"an error on ranks {failed}", "their own errors say what is wrong")  # fmt: skip
     differing = {
         name: values
         for name, values in columns.items()
@@ -149,19 +192,17 @@ def _refuse_disagreement(columns: dict[str, list[int]], sequence_parallel: bool)
         )  # fmt: skip
     if differing:
         name, values = next(iter(differing.items()))
-        raise bad("group", f"of ranks that agree on the {name}", values,
+        if name == "options":
+            values = [rank for rank, value in enumerate(values) if value != values[0]]
+        got = f"other ones on ranks {values}" if name == "options" else values
+        raise bad("group", f"of ranks that agree on the {name}", got,
                   "make the same call on every rank")  # fmt: skip
-    if not sum(columns["slice"]):
-        raise bad("linear_weight", "non-empty on some rank of group", columns["slice"],
-                  "pass each rank its slice of the head")  # fmt: skip
+    return columns
 
 
-def _code(options: tuple[Any, ...]) -> int:
-    """A number for what decides the ranks' steps; the same in every process."""
-    code = 0
-    for option in options:
-        code = (code * 1_000_003 + int(option) + 1) % (2**61 - 1)
-    return code
+def _code(*options: Any) -> int:
+    """A number for the options, the same in every process (which ``hash`` is not)."""
+    return zlib.crc32(repr(options).encode())
 
 
 def _checksum(values: Tensor) -> Tensor:
@@ -173,12 +214,16 @@ def _checksum(values: Tensor) -> Tensor:
 
 
 @torch.library.impl("trimtab::group_sum", "CompositeExplicitAutograd")
-def _group_sum(values: Tensor, group: str) -> Tensor:
-    """Sum over the ranks."""
+def _group_sum(values: Tensor, group: str, first_call: str | None = None) -> Tensor:
+    """Sum over the ranks. Where it is a call's first collective, ``first_call`` tells it apart."""
     from torch import distributed
 
+    ranks = process_group(group)
+    if first_call is not None:
+        code = _code("sum", first_call, values.shape, values.dtype)
+        _agreed(_exchange(ranks, [0, 0, 0, 0, code], values.new_zeros((), dtype=torch.int64)), True)
     total = values.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total, group=process_group(group))
+    distributed.all_reduce(total, group=ranks)
     return total
 
 
@@ -192,8 +237,9 @@ def _sharded_class_weight_sum(
 ) -> Tensor:
     """Sum of the class weights of the targets that are not ignored."""
     team = assemble(
-        Shard(group, sequence_parallel), class_weight[:, None], target, None, torch.float32
-    )
+        Shard(group, sequence_parallel), class_weight[:, None], target, target != ignore_index,
+        class_weight.dtype, ("class weights",),
+    )  # fmt: skip
     target = team.all_tokens(target)
     check_target_range(target, ignore_index, team.classes)
     here = (target >= team.offset) & (target < team.offset + class_weight.shape[0])
@@ -204,36 +250,17 @@ def _sharded_class_weight_sum(
 @torch.library.impl("trimtab::gather_logits", "CompositeExplicitAutograd")
 def _gather_logits(logits: Tensor, group: str) -> Tensor:
     """Rows of the whole vocabulary from every rank's slice of them, (B, V)."""
-    from torch import distributed
-
-    ranks = process_group(group)
-    refuse_capture(logits)
-    own = torch.tensor([*logits.shape, _DTYPES.index(logits.dtype)], device=logits.device)
-    table = own.new_empty((ranks.size(), 3))
-    distributed.all_gather(list(table), own, group=ranks)
-    rows, slices, dtypes = table.t().tolist()
-    if len(set(rows)) > 1 or len(set(dtypes)) > 1:
-        raise bad("positive", "of the same rows and dtype on every rank of group", rows,
+    ranks, (rows, classes) = process_group(group), logits.shape
+    numbers = [classes, rows, 0, FLOATING.index(logits.dtype), _code("logits")]
+    columns = _agreed(_exchange(ranks, numbers, logits.new_zeros((), dtype=torch.int64)), True)
+    if len(set(columns["tokens"])) > 1:
+        raise bad("positive", "of the same rows on every rank of group", columns["tokens"],
                   "make the same call on every rank")  # fmt: skip
-    return gather(ranks, logits, slices, dim=1).contiguous()
+    return gather(ranks, logits, columns["slice"], dim=1).contiguous()
 
 
 class ReplicatedSum(torch.autograd.Function):
     """A sum over the ranks that every rank then uses alike, with the same upstream gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: str) -> Tensor:
-        """One collective."""
-        return torch.ops.trimtab.group_sum.default(values, group)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
-        """Nothing to do: each rank has the whole upstream."""
-        return upstream, None
-
-
-class PartialSum(torch.autograd.Function):
-    """A sum over ranks that use it each in a loss of its own: their upstreams are summed too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: str) -> Tensor:
@@ -243,8 +270,38 @@ class PartialSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        """No collective: each rank has the whole upstream, and uses it for its own values."""
+        return Replicated.apply(upstream, ctx.group), None
+
+
+class Replicated(torch.autograd.Function):
+    """What every rank holds alike and uses for tokens of its own: their upstreams are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: str) -> Tensor:
+        """Nothing to do."""
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         """One collective."""
-        return PartialSum.apply(upstream, ctx.group), None
+        return ReplicatedSum.apply(upstream, ctx.group), None
+
+
+class PartialSum(torch.autograd.Function):
+    """A sum over ranks that use it each for tokens of its own: their upstreams are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: str, first_call: str | None = None) -> Tensor:
+        """One collective; with ``first_call`` one more, which compares it over the ranks."""
+        ctx.group = group
+        return torch.ops.trimtab.group_sum.default(values, group, first_call)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        """One collective."""
+        return PartialSum.apply(upstream, ctx.group), None, None
 
 
 def check_group(group: object, name: str = "group") -> str | None:
@@ -259,6 +316,21 @@ def check_group(group: object, name: str = "group") -> str | None:
     return group.group_name if group.size() > 1 else None  # type: ignore[attr-defined]
 
 
+def check_normalizer_group(group: object, shard: Shard | None) -> str | None:
+    """The name of the group over which the divisor is summed, of ranks with other tokens."""
+    name = check_group(group, "normalizer_group")
+    if name is None or shard is None or torch.compiler.is_compiling():
+        return name
+    from torch.distributed import get_process_group_ranks
+
+    ranks = [get_process_group_ranks(process_group(each)) for each in (name, shard.group)]
+    shared = sorted(set(ranks[0]) & set(ranks[1]))
+    if len(shared) > 1:
+        raise bad("normalizer_group", "without other ranks of group, which count the same tokens",
+                  f"the ranks {shared} in both", "pass the data-parallel group")  # fmt: skip
+    return name
+
+
 def refuse_partitioned(name: str, tensor: object) -> None:
     """ZeRO-3 leaves an empty tensor in a parameter's place."""
     if isinstance(tensor, Tensor) and tensor.numel() == 0 and hasattr(tensor, "ds_id"):
@@ -269,7 +341,8 @@ def refuse_partitioned(name: str, tensor: object) -> None:
 
 def is_distributed(tensor: object) -> bool:
     """Whether it is a DTensor, without importing what defines it."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "placements")
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return not plain and isinstance(tensor, Tensor) and hasattr(tensor, "placements")
 
 
 class LocalHead(NamedTuple):

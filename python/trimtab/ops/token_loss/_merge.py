@@ -74,9 +74,9 @@ class LossTerms(NamedTuple):
     classes: int = 0  # of the whole vocabulary
 
     @property
-    def code(self) -> tuple[bool, bool]:
-        """What decides which numbers are exchanged."""
-        return self.class_weight is None, self.label_smoothing > 0
+    def code(self) -> tuple[bool, float, float]:
+        """What the ranks have to give alike; it also decides which numbers they exchange."""
+        return self.class_weight is None, self.label_smoothing, self.lse_square_scale
 
     @property
     def extra(self) -> int:

@@ -288,7 +288,7 @@ def _call(
     keep = target != transform[0]
     if coef is not None:
         keep &= coef != 0
-    options = (coef is None, inv_temperature is None, chunk_size or 0, *options)
+    options = (coef is None, inv_temperature is None, chunk_size, *transform[1:], *options)
     team = assemble(shard, weight, target, keep, compute_dtype, options)
     target = team.all_tokens(target)
     check_target_range(target, transform[0], team.classes)
@@ -328,7 +328,7 @@ def sharded_token_loss(
     call = _call(
         Shard(group, sequence_parallel), input, weight, bias, target,
         coef if skip_zero_coef else None, None, (ignore_index, logit_scale, softcap),
-        (chunk_size, compute_dtype, impl), (*terms.code, *needs_grad, skip_zero_coef),
+        (chunk_size, compute_dtype, impl), (*terms.code, *needs_grad, skip_zero_coef, accum_dtype),
     )  # fmt: skip
     loss = call.input.new_zeros(call.target.shape, dtype=result_dtype(compute_dtype))
     coef, scale = call.team.all_tokens(coef), loss.new_ones(())
@@ -456,7 +456,7 @@ def sharded_token_logp_backward(
     call = _call(
         Shard(group, sequence_parallel), input, weight, bias, target, reached, inv_temperature,
         (ignore_index, logit_scale, softcap), (chunk_size, compute_dtype, impl),
-        (*needs_grad, *(grad is None for grad in given)),
+        (*needs_grad, *(grad is None for grad in given), accum_dtype),
     )  # fmt: skip
     upstream = [call.team.all_tokens(grad) for grad in given]
     scale = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab.ops._autograd import needs_grad
 from trimtab.ops._checks import NOTHING_IGNORED, check_target_range
 from trimtab.ops.token_loss._groups import Shard, Team, assemble, gather
 from trimtab.reference import token_loss as reference
@@ -103,11 +104,15 @@ def _whole(
     weight: Tensor,  # (V / P, D)
     bias: Tensor | None,  # (V / P,)
     target: Tensor,  # (N,)
-    ignore_index: int | None,
     dtype: torch.dtype,
+    options: dict[str, Any],
 ) -> Whole:
-    ignored = NOTHING_IGNORED if ignore_index is None else ignore_index
-    team = assemble(shard, weight, target, target != ignored, dtype)
+    ignored = NOTHING_IGNORED if options["ignore_index"] is None else options["ignore_index"]
+    alike = [float(value or 0) for value in options.values()]
+    team = assemble(
+        shard, weight, target, target != ignored, dtype,
+        ("reference", *alike, *needs_grad(input, weight, bias)),
+    )  # fmt: skip
     if team.counts is not None:
         input = Gather.apply(input, team.group, team.counts, 0)
     target = team.all_tokens(target)
@@ -128,7 +133,8 @@ def linear_token_loss(
     **options: Any,
 ) -> Tensor:  # (N,)
     """The oracle's loss of each token; the logits of the whole vocabulary are in memory."""
-    whole = _whole(shard, input, weight, bias, target, options["ignore_index"], dtype)
+    alike = {**options, "class_weight": class_weight is None}
+    whole = _whole(shard, input, weight, bias, target, dtype, alike)
     if class_weight is not None:
         class_weight = gather(whole.team.group, class_weight, whole.team.slices)
     tokens = reference.token_loss(whole.logits, whole.target, class_weight=class_weight, **options)
@@ -147,7 +153,8 @@ def linear_token_logp(
     **options: Any,
 ) -> tuple[Tensor, ...]:  # each (N,)
     """The oracle's logp, entropy, lse and argmax of each token."""
-    whole = _whole(shard, input, weight, bias, target, options["ignore_index"], dtype)
+    alike = {**options, "inv_temperature": inv_temperature is None}
+    whole = _whole(shard, input, weight, bias, target, dtype, alike)
     outputs = reference.token_logp(
         whole.logits,
         whole.target,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab._schemas import result_dtype
-from trimtab.ops.token_loss._groups import PartialSum, ReplicatedSum, Shard
+from trimtab.ops.token_loss._groups import PartialSum, Replicated, ReplicatedSum, Shard
 
 
 class Ranks(NamedTuple):
@@ -17,7 +17,7 @@ class Ranks(NamedTuple):
     shard: Shard | None  # the classes are sharded, and with it maybe the tokens
     normalizer_group: str | None  # further tokens, each with a loss of its own
 
-    @property
+    # Not a property: Dynamo of torch 2.10 can't look into those of named tuples.
     def token_group(self) -> str | None:
         """The group whose ranks bring tokens of their own to one loss."""
         split = self.shard is not None and self.shard.sequence_parallel
@@ -88,7 +88,10 @@ def _divisor(
     ranks: Ranks,
 ) -> Tensor:
     if isinstance(normalizer, Tensor):
-        return normalizer.to(weights).squeeze()
+        divisor = normalizer.to(weights).squeeze()
+        if ranks.token_group() is not None and divisor.requires_grad:
+            return Replicated.apply(divisor, ranks.token_group())
+        return divisor
     if isinstance(normalizer, (int, float)):
         return weights.new_full((), float(normalizer))
     valid = target != ignore_index
@@ -104,8 +107,10 @@ def _divisor(
             class_weight, target, ignore_index, *ranks.shard
         )
     counted = normalizer is None and class_weight is not None
-    if ranks.token_group is not None and not counted:
-        divisor = PartialSum.apply(divisor, ranks.token_group)
+    if ranks.token_group() is not None and not counted:
+        # Ranks whose backward differs are told apart here.
+        kind = f"{normalizer} {divisor.requires_grad}"
+        divisor = PartialSum.apply(divisor, ranks.token_group(), kind)
     if ranks.normalizer_group is not None:
         divisor = PartialSum.apply(divisor, ranks.normalizer_group)
     return divisor

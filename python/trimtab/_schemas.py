@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+try:
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+except ImportError:  # private: a torch without it keeps no order among them
+    _register_effectful_op = None  # type: ignore[assignment]
 
 _LIB = torch.library.Library("trimtab", "DEF")
 
@@ -82,7 +86,8 @@ for _name in (
     "group_sum",
     "gather_logits",
 ):
-    _register_effectful_op(getattr(torch.ops.trimtab, _name).default, _EffectType.ORDERED)
+    if _register_effectful_op is not None:
+        _register_effectful_op(getattr(torch.ops.trimtab, _name).default, _EffectType.ORDERED)
 
 # Shared by the contrast operators. A number and, where rows differ, one per row: the tensor wins.
 _ROWS = "Tensor positive, Tensor? negative, Tensor? anchor"

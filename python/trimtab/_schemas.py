@@ -18,7 +18,7 @@ from torch import Tensor
 
 try:
     from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-except ImportError:  # private: a torch without it keeps no order among them
+except ImportError:  # private: it may move
     _register_effectful_op = None  # type: ignore[assignment]
 
 _LIB = torch.library.Library("trimtab", "DEF")
@@ -78,6 +78,8 @@ _LIB.define(
 )
 # A compiler may not reorder what talks to other ranks: two calls that do not depend on each other
 # came in another order on a rank whose number of tokens, 1, had a graph of its own (inductor).
+# In torch 2.10 graphs with such operators fail in the partitioner; 2.13 and 2.14 were tried.
+_KEEPS_ORDER = _register_effectful_op is not None and torch.__version__ >= (2, 13)
 for _name in (
     "sharded_token_loss",
     "sharded_token_logp",
@@ -86,7 +88,7 @@ for _name in (
     "group_sum",
     "gather_logits",
 ):
-    if _register_effectful_op is not None:
+    if _KEEPS_ORDER:
         _register_effectful_op(getattr(torch.ops.trimtab, _name).default, _EffectType.ORDERED)
 
 # Shared by the contrast operators. A number and, where rows differ, one per row: the tensor wins.

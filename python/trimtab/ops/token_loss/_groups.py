@@ -308,7 +308,8 @@ def check_group(group: object, name: str = "group") -> str | None:
     """The name of a process group of more than one rank."""
     if group is None:
         return None
-    if not hasattr(group, "group_name"):
+    # Dynamo of torch 2.10 can't ask a group what it has.
+    if not torch.compiler.is_compiling() and not hasattr(group, "group_name"):
         raise TypeError(
             f"{name} must be a torch.distributed ProcessGroup that this rank is in, got "
             f"{type(group).__name__}; a DeviceMesh gives one by mesh.get_group()"

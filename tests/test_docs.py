@@ -55,6 +55,46 @@ def rows_of(**fields: str) -> list[dict]:
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
+# --- numbers in prose ---
+
+
+SECTIONS = {"Token loss": "token_loss", "Contrast": "contrast", "Orthogonality": "orthogonal"}
+
+
+def unsupported_times(text: str) -> tuple[list[str], int]:
+    """Times that no median of the section's family rounds to, and how many were looked at."""
+    wrong, looked, rows = [], 0, rows_of()
+    _, *parts = re.split(r"^(#+ .*)$", text, flags=re.MULTILINE)
+    for head, body in zip(parts[::2], parts[1::2], strict=True):
+        if head.startswith("## "):
+            family = SECTIONS.get(head[3:])
+            rows = rows_of() if family is None else rows_of(family=family)
+        times = [row["p50_ms"] for row in rows]
+        for number in () if "GPU" in head else re.findall(r"(\d+(?:\.\d+)?) ms\b", body):
+            digits, looked = len(number.partition(".")[2]), looked + 1
+            if not any(round(time, digits) == float(number) for time in times):
+                wrong.append(f"{head}: {number} ms")
+    return wrong, looked
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_every_time_on_a_cpu_is_a_rows(page):
+    """To the digits that the text gives; what is said of GPUs is said to be a prediction."""
+    wrong, looked = unsupported_times((ROOT / page).read_text())
+    assert (wrong, looked > 5) == ([], True)
+
+
+def test_a_time_of_no_row_is_found():
+    text = "## Contrast\n\n### CPU\n\nIt takes 123456.7 ms.\n\n### GPU\n\nPrediction: 0.123 ms.\n"
+    assert unsupported_times(text) == (["### CPU: 123456.7 ms"], 1)
+
+
+def test_the_table_of_costs_is_what_the_script_prints(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    table = importlib.import_module("scaling").table(8192)
+    assert table in (DOCS / "scaling.md").read_text()
+
+
 # --- generated blocks ---
 
 

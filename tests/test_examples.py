@@ -11,6 +11,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "examples"
 NEEDS = {
     "plain_loop": ["transformers"],
     "hf_trainer": ["transformers", "accelerate"],
+    "lightning_module": ["transformers", "lightning"],
     "peft_lora": ["transformers", "peft"],
     "trl_weighted_sft": ["trl", "datasets"],
     "distributed": ["transformers"],

@@ -79,7 +79,7 @@ _LIB.define(
 # A compiler may not reorder what talks to other ranks: two calls that do not depend on each other
 # came in another order on a rank whose number of tokens, 1, had a graph of its own (inductor).
 # In torch 2.10 graphs with such operators fail in the partitioner; 2.13 and 2.14 were tried.
-_KEEPS_ORDER = _register_effectful_op is not None and torch.__version__ >= (2, 13)
+_KEEPS_ORDER = _register_effectful_op is not None and torch.__version__ >= "2.13"
 for _name in (
     "sharded_token_loss",
     "sharded_token_logp",

@@ -85,3 +85,16 @@ def test_the_choice_on_a_gpu(monkeypatch, capability, dtype, impl, reason):
     found = _choose.choose("linear_logp", "cuda", dtype)
     assert found.impl == impl
     assert reason in found.reason
+
+
+def test_the_cuda_library_without_a_gpu_gives_a_reason(monkeypatch):
+    """A CUDA torch on a machine without one, where fake tensors ask."""
+    monkeypatch.setitem(_native.REASONS, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _choose._capability.cache_clear()
+    try:
+        found = _choose.choose("linear_logp", "cuda", torch.float32)
+    finally:
+        _choose._capability.cache_clear()
+    assert found.impl != "native"
+    assert "no GPU to run them on" in found.reason

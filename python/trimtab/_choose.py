@@ -20,6 +20,7 @@ IMPLS = ("reference", "native", "triton")
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float64)
 _LEAST_CAPABILITY = (8, 0)  # of the GPUs that the CUDA library is compiled for
+_NO_GPU = (0, 0)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _IMPL_AT_IMPORT = os.environ.get("TRIMTAB_IMPL") or None
@@ -59,6 +60,8 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             return f"no compiled kernels for device {device!r}"
         if _native.REASONS[device] is not None:
             return _native.REASONS[device]
+        if device == "cuda" and _capability() == _NO_GPU:
+            return "the CUDA kernels are loaded, and there is no GPU to run them on"
         if device == "cuda" and _capability() < _LEAST_CAPABILITY:
             return (
                 f"the CUDA kernels of {op} need compute capability 8.0, this GPU has "
@@ -83,7 +86,7 @@ def why_not(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else _NO_GPU
 
 
 def choose(op: str, device: str, dtype: torch.dtype, impl: str | None = None) -> Choice:

@@ -79,12 +79,12 @@ _QUICK = {
 
 
 def _tests(family: str, dry: bool) -> list[str]:
+    if dry:
+        return ["-m", "pytest", "-q", "--maxfail=1", "-k", "native", f"tests/test_{family}.py"]
     files = sorted(
         str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob(f"test_*{family}*")
     )
     chosen = [f for f in files if "bench" not in f and "aot" not in f and "cuda" not in f]
-    if dry:
-        return ["-m", "pytest", "-q", "--maxfail=1", "-k", "native", chosen[0]]
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     return ["-m", "pytest", "-q", "-m", "gpu", "--maxfail=40", *parallel, *chosen]
 

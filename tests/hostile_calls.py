@@ -287,7 +287,7 @@ def run(
         try:
             getattr(torch.ops.trimtab, make.__name__)(*given.values())
             answers[make.__name__][0] += 1
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:  # also NotImplementedError
             answers[make.__name__][1] += 1
     return answers
 

@@ -1,6 +1,6 @@
 """TRL's ``SFTTrainer`` with a weight for each token, from a column of the data set.
 
-The same ``apply(trainer)``, without ``loss_weights``, serves DPO, KTO, GRPO and RLOO trainers.
+The same ``apply(trainer)``, without ``loss_weights``, serves DPO, KTO and GRPO trainers.
 """
 
 from __future__ import annotations

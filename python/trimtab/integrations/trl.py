@@ -63,8 +63,9 @@ def apply(
 ) -> Applied:
     """Gives a TRL trainer the per-token log-probabilities of ``trimtab.linear_logp``.
 
-    For SFT, DPO, KTO, GRPO and RLOO trainers of TRL 1.16, between their construction and
-    ``train()``; the reference model too, if there is one. The rest of the trainer is its own. What
+    For SFT, DPO, KTO, GRPO and RLOO trainers of TRL 1.16 (RLOO makes the same call and was not
+    run), between their construction and ``train()``; the reference model too, if there is one. The
+    rest of the trainer is its own. What
     TRL reads of its fused head is given with the same meaning: log-probabilities, entropy, argmax,
     mean of the logits and sum of the squared probabilities, and the routers' loss of a mixture of
     experts, which the model computes itself. Unlike TRL's head ours honours LoRA adapters on the

@@ -123,6 +123,15 @@ def chunks(
         yield Chunk(picked, part, target[picked].contiguous(), logits, start + step >= count)
 
 
+def reached(target: Tensor, upstream: list[Tensor | None]) -> Tensor:
+    """Nonzero for the tokens that any upstream gradient is not 0 for, (N,)."""
+    found = torch.zeros(target.shape, device=target.device)
+    for grad in upstream:
+        if grad is not None:
+            found += grad != 0
+    return found
+
+
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Any:
     return None if tensor is None else tensor.to(dtype)
 
@@ -253,11 +262,7 @@ def linear_token_logp_backward(
     if compute_dtype == torch.float16:
         scale = _float16_scale(upstream, input, needs_grad[1] or needs_grad[2])
         upstream = [None if grad is None else grad / scale for grad in upstream]
-    reached = torch.zeros(target.shape, device=target.device)
-    for grad in upstream:
-        if grad is not None:
-            reached += grad != 0
-    rows = active_rows(target, ignore_index, reached)
+    rows = active_rows(target, ignore_index, reached(target, upstream))
     gradients = HeadGradients(
         input, weight, bias, needs_grad, accum_dtype, compute_dtype, rows, kernels.accumulate
     )

@@ -36,6 +36,7 @@ from trimtab.ops.token_loss._chunks import (
     _float16_scale,
     active_rows,
     chunks,
+    reached,
     row_kernels,
     times,
 )
@@ -449,13 +450,9 @@ def sharded_token_logp_backward(
 ) -> tuple[Tensor, ...]:
     """``linear_token_logp_backward`` of a slice: the logits and the exchange again."""
     given = [grad_logp, grad_entropy, grad_lse]
-    reached = torch.zeros(target.shape, device=target.device)
-    for grad in given:
-        if grad is not None:
-            reached += grad != 0
     call = _call(
-        Shard(group, sequence_parallel), input, weight, bias, target, reached, inv_temperature,
-        (ignore_index, logit_scale, softcap), (chunk_size, compute_dtype, impl),
+        Shard(group, sequence_parallel), input, weight, bias, target, reached(target, given),
+        inv_temperature, (ignore_index, logit_scale, softcap), (chunk_size, compute_dtype, impl),
         (*needs_grad, *(grad is None for grad in given), accum_dtype),
     )  # fmt: skip
     upstream = [call.team.all_tokens(grad) for grad in given]
